@@ -329,7 +329,7 @@ def make_envs(args: Args, seeds: list[int], training: bool = True, render: bool 
         raise Stop(f"{args.env_id} observes {space}; supported: {supported}")
     if not is_image(space) and len(space.shape or ()) != 1 or not isinstance(space, gym.spaces.Box):
         envs = gym.wrappers.vector.FlattenObservation(envs)
-    obs, info = envs.reset(seed=seeds[0] if mode == "native" else seeds)  # EnvPool has its seeds already
+    obs, info = envs.reset(seed={"native": seeds[0], "envpool": None}.get(mode, seeds))  # EnvPool has its seeds already
     return envs, obs, info
 
 
@@ -858,6 +858,8 @@ def open_run(args: Args, device: torch.device, rank: int, world: int) -> tuple[P
         except OSError as error:
             raise Stop(f"cannot create {run}: {error.strerror}") from None
         write_json(run / "hyperparameters.json", {k: v for k, v in asdict(args).items() if k not in MODES})
+    if rank == 0:
+        print(f"run: {run}   preset: {preset(args.env_id)[0] or 'none'}   device: {device}", flush=True)
     if dist.is_initialized():
         dist.broadcast_object_list(shared := [state])
         state = shared[0]
@@ -1338,8 +1340,6 @@ def main(argv: list[str] | None = None) -> int:
                 args = replace(args, repo_id=check_hub(args))
             args = named(args)
             run = run_folder(args)
-            if first_rank:
-                print(f"run: {run}   preset: {preset(args.env_id)[0] or 'none'}")
             train(args)
             if dist.is_initialized():
                 dist.destroy_process_group()

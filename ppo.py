@@ -54,10 +54,9 @@ import signal
 import sys
 import time
 import traceback
-import types
 import typing
 from collections import deque
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,9 +77,7 @@ class Stop(Exception):
         self.code = code
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The knobs
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The knobs -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -222,6 +219,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+MODES = ("evaluate", "resume", "push")  # flags that name a policy instead of training one
+
+
 def preset(env_id: str) -> tuple[str | None, dict[str, Any]]:
     """The pattern of PRESETS that fits the environment, the exact one first, and its settings."""
     found = [p for p in PRESETS if p == env_id] + [p for p in PRESETS if fnmatch.fnmatchcase(env_id, p)]
@@ -263,11 +263,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The world: Gymnasium's vector environments, all in NEXT_STEP mode
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The world: Gymnasium's vector environments, all in NEXT_STEP mode -----------------------------------------------
 
-TRAINING, VALIDATION, EVALUATION, VIDEO, WEIGHTS, SAMPLING = range(6)  # each draws from a random stream of its own
+TRAINING, VALIDATION, EVALUATION, VIDEO, WEIGHTS, SAMPLING = range(6)  # each has a stream of random numbers of its own
 
 
 def seeds(seed: int, *stream: int, n: int = 1) -> list[int]:
@@ -275,70 +273,57 @@ def seeds(seed: int, *stream: int, n: int = 1) -> list[int]:
     return [int(s) >> 1 for s in np.random.SeedSequence([seed, *stream]).generate_state(n)]
 
 
-def is_image(space: gym.Space) -> bool:
+def is_image(space: gym.spaces.Box) -> bool:
     """Whether the Nature CNN can take it: three uint8 axes, two of them at least 36 pixels long."""
-    return (
-        isinstance(space, gym.spaces.Box)
-        and space.dtype == np.uint8
-        and len(space.shape) == 3
-        and sorted(space.shape)[1] >= 36
-    )
+    return space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
 
 
 def make_envs(args: Args, seeds: list[int], training: bool = True, render: bool = False):
     """One environment per seed, made anew and reset: (vector environment, observations [N, ...], info).
 
     Evaluation uses Gymnasium's own environment in this process, whatever trained the agent. Observations other than
-    images come as flat vectors, discrete ones as one-hot. Raises Stop for what cannot be made or is not supported."""
+    images come as vectors, discrete ones as one-hot. Raises Stop for what cannot be made or is not supported."""
     module, _, env_id = args.env_id.rpartition(":")
-    atari = env_id.startswith("ALE/")
-    mode, kwargs = args.vectorization, dict(args.env_kwargs)
-    if not training and mode in ("async", "envpool"):
-        mode = "auto"
+    atari, kwargs, mode = env_id.startswith("ALE/"), dict(args.env_kwargs), args.vectorization
     if render and not atari:  # ALE's vector environment does not render
         kwargs["render_mode"] = "rgb_array"
     try:
         if module or atari:
             gym.register_envs(importlib.import_module(module or "ale_py"))
-        native = gym.spec(env_id).vector_entry_point is not None
-        if mode == "auto":
-            mode = "native" if native else "sync"
+        if mode == "auto" or (not training and mode in ("async", "envpool")):
+            mode = "native" if gym.spec(env_id).vector_entry_point else "sync"
         if mode == "envpool":
-            threads = min(len(seeds), local_cores())
-            pool = importlib.import_module("envpool")
-            if env_id.removeprefix("ALE/") not in pool.list_all_envs():
-                raise Stop(f"EnvPool has no {env_id}: choose --vectorization sync or async")
-            kwargs |= {"num_envs": len(seeds), "num_threads": threads, "seed": seeds}
-            envs = pool.make(env_id.removeprefix("ALE/"), env_type="gymnasium", **kwargs)
+            kwargs |= {"env_type": "gymnasium", "num_envs": len(seeds), "seed": seeds}
+            pool, name = importlib.import_module("envpool"), env_id.removeprefix("ALE/")
+            if name not in pool.list_all_envs():
+                raise Stop(f"EnvPool has no {name}: choose --vectorization sync or async")
+            envs = pool.make(name, num_threads=min(len(seeds), local_cores()), **kwargs)
         elif mode == "native":
-            if not native:
-                raise Stop(f"{env_id} has no native vector environment: choose --vectorization sync or async")
-            kwargs |= {"reward_clipping": False} if atari else {}  # clipped returns would be reported as returns
+            kwargs |= {"reward_clipping": False} if atari else {}  # else the reported returns would be clipped, too
             envs = gym.make_vec(env_id, len(seeds), "vector_entry_point", **kwargs)
         else:
             envs = gym.make_vec(env_id, len(seeds), mode, {"copy": False}, **kwargs)
+    except ModuleNotFoundError as error:
+        hint = "is it on the Python path?" if error.name == module else f"pip install {error.name.replace('_', '-')}"
+        raise Stop(f"cannot make {args.env_id}: {error}; {hint}") from None
     except gym.error.Error as error:
         raise Stop(f"cannot make {args.env_id}: {error}") from None
-    except ModuleNotFoundError as error:
-        hint = "is it on the Python path?" if error.name == module else f"try: pip install {error.name}"
-        raise Stop(f"cannot make {args.env_id}: {error}; {hint}") from None
 
     space = envs.single_observation_space
-    if not space.is_np_flattenable or (mode == "envpool" and not isinstance(space, gym.spaces.Box)):
-        supported = "Box, Discrete, MultiDiscrete, MultiBinary, and Dict or Tuple of these (EnvPool: Box)"
-        raise Stop(f"{args.env_id} observes {space}; supported: {supported}")
-    if not is_image(space) and len(space.shape or ()) != 1 or not isinstance(space, gym.spaces.Box):
+    if not (isinstance(space, gym.spaces.Box) and (len(space.shape) == 1 or is_image(space))):
+        if not space.is_np_flattenable or mode == "envpool":
+            supported = "Box, Discrete, MultiDiscrete, MultiBinary, Dict and Tuple of these (EnvPool: vectors, images)"
+            raise Stop(f"{args.env_id} observes {space}; supported: {supported}")
         envs = gym.wrappers.vector.FlattenObservation(envs)
     obs, info = envs.reset(seed={"native": seeds[0], "envpool": None}.get(mode, seeds))  # EnvPool has its seeds already
     return envs, obs, info
 
 
 def step_envs(envs, actions: Tensor, t: int):
-    """Act in every environment: `envs.step`, with continuous actions clipped to their box, and faults given a name.
+    """`envs.step`, with continuous actions clipped to their box (the agent keeps them unclipped) and faults named.
 
-    Raises Stop for the first NaN or infinity; what an environment raises itself passes through, with its index."""
-    space = envs.single_action_space
-    choice = actions.cpu().numpy()
+    Raises Stop for a NaN or an infinity. What an environment raises itself passes through, with its index noted."""
+    space, choice = envs.single_action_space, actions.cpu().numpy()
     if isinstance(space, gym.spaces.Box):
         choice = np.clip(choice, space.low, space.high)
     elif not isinstance(space, gym.spaces.MultiBinary):
@@ -346,49 +331,44 @@ def step_envs(envs, actions: Tensor, t: int):
     try:
         obs, rewards, terminated, truncated, info = envs.step(choice.astype(space.dtype, copy=False))
     except Exception as error:
-        workers = list(enumerate(getattr(envs.unwrapped, "processes", ())))
-        dead = [f"{i} (exit code {worker.exitcode})" for i, worker in workers if worker.join(0.1) or worker.exitcode]
-        if dead:
-            raise Stop(f"the worker process of environment {', '.join(dead)} died at step {t}", code=1) from None
+        for i, worker in enumerate(getattr(envs.unwrapped, "processes", ())):  # AsyncVectorEnv's
+            worker.join(0.1)
+            if worker.exitcode:
+                raise Stop(f"environment {i}: its process died at step {t}, exit code {worker.exitcode}", 1) from None
         frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
-        index = [f["i"] for f in frames if isinstance(f.get("self"), gym.vector.SyncVectorEnv) and "i" in f]
-        error.add_note(f"Raised by environment {index[-1] if index else 'unknown'} at step {t}.")
+        index = [f.get("i") for f in frames if isinstance(f.get("self"), gym.vector.SyncVectorEnv)]
+        error.add_note(f"Raised by environment {index[-1] if index else '(see above)'} at step {t}.")
         raise
     for name, values in (("reward", rewards), ("observation", obs)):
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             i = int(np.argwhere(~np.isfinite(values))[0, 0])
-            raise Stop(f"environment {i} gave a bad {name} at step {t}: {values[i]}; nothing was learned from it", 1)
+            raise Stop(f"environment {i} gave the {name} {values[i]} at step {t}; nothing was learned from it", 1)
     return obs, rewards, terminated, truncated, info
 
 
 def agent_config(args: Args, envs) -> dict[str, Any]:
-    """The arguments of the Agent for these environments. Stop names an action space that is not supported."""
-    obs, act = envs.single_observation_space, envs.single_action_space
-    spaces = gym.spaces
-    if isinstance(act, spaces.Box) and act.dtype.kind == "f":
-        nvec = None
-    elif isinstance(act, spaces.Discrete):
-        nvec = [int(act.n)]
-    elif isinstance(act, spaces.MultiDiscrete):
-        nvec = act.nvec.flatten().tolist()
-    elif isinstance(act, spaces.MultiBinary):
-        nvec = [2] * math.prod(act.shape)
-    else:
-        raise Stop(f"{args.env_id} acts in {act}; supported: Discrete, MultiDiscrete, MultiBinary and Box of floats")
-    return {
-        "obs_shape": list(obs.shape), "action_shape": list(act.shape), "nvec": nvec,
-        "hidden_sizes": list(args.hidden_sizes), "activation": args.activation,
-        "norm_obs": args.norm_obs, "logstd_init": args.logstd_init,
-    }  # fmt: skip
+    """The Agent's arguments for these environments; Stop names an action space that is not supported."""
+    match act := envs.single_action_space:
+        case gym.spaces.Box() if act.dtype.kind == "f":
+            nvec = None
+        case gym.spaces.Discrete():
+            nvec = [int(act.n)]
+        case gym.spaces.MultiDiscrete():
+            nvec = act.nvec.flatten().tolist()
+        case gym.spaces.MultiBinary():
+            nvec = [2] * math.prod(act.shape)
+        case _:
+            raise Stop(f"{args.env_id} acts in {act}; supported: Discrete, MultiDiscrete, MultiBinary, Box of floats")
+    config = {name: getattr(args, name) for name in ("activation", "norm_obs", "logstd_init")}
+    shapes = {"obs_shape": envs.single_observation_space.shape, "action_shape": act.shape}
+    return config | {k: list(v) for k, v in (shapes | {"hidden_sizes": args.hidden_sizes}).items()} | {"nvec": nvec}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The agent
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The agent -------------------------------------------------------------------------------------------------------
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of all rows seen so far, over all ranks; float64, updated as in Chan et al. (1979)."""
+    """Mean and variance of all rows seen so far, over all ranks; float64, merged as in Chan et al. (1979)."""
 
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()
@@ -401,88 +381,83 @@ class RunningMeanStd(nn.Module):
 
     def update(self, rows: Tensor) -> None:  # [n, *shape]
         d = rows.double() - self.mean
-        n, first, second = rank_sum(torch.stack([torch.full_like(self.mean, len(d)), d.sum(0), (d * d).sum(0)]))
-        total = self.count + n
-        shift = first / total
-        self.var.copy_(((self.count * self.var + second) / total - shift**2).clamp(min=0))
-        self.mean.add_(shift)
-        self.count.copy_(total)
+        n, first, second = rank_sum(torch.stack([torch.full_like(self.mean, len(d)), d.sum(0), d.square().sum(0)]))
+        self.var.copy_(((self.count * self.var + second) / (self.count + n) - (first / (self.count + n)) ** 2).clamp(0))
+        self.mean.add_(first / (self.count + n))
+        self.count.add_(n)
 
 
 def layer_init(layer, gain: float = math.sqrt(2)):
-    """Orthogonal weights, zero biases; sqrt(2) keeps the variance through ReLU and, nearly, through tanh."""
+    """Orthogonal weights, zero biases; a gain of sqrt(2) makes up for what ReLU takes from the variance."""
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 def mlp(sizes: list[int], activation: str, gain: float) -> nn.Sequential:
-    """Linear layers of the given sizes with activations between them; `gain` is the last layer's."""
+    """Linear layers of these sizes with activations between them; `gain` is that of the last layer."""
     act = {"tanh": nn.Tanh, "relu": nn.ReLU}[activation]
-    layers = [m for a, b in zip(sizes, sizes[1:-1]) for m in (layer_init(nn.Linear(a, b)), act())]
-    return nn.Sequential(*layers, layer_init(nn.Linear(*sizes[-2:]), gain))
+    hidden = [m for a, b in zip(sizes, sizes[1:-1]) for m in (layer_init(nn.Linear(a, b)), act())]
+    return nn.Sequential(*hidden, layer_init(nn.Linear(*sizes[-2:]), gain))
 
 
 class Agent(nn.Module, PyTorchModelHubMixin):
-    """Policy and value function, with all they need to act: weights and running statistics.
+    """Policy and value function with all they need to act: weights and running statistics.
 
     Vectors go through separate actor and critic MLPs, images through one Nature CNN (Mnih et al. 2015) with two heads.
-    `nvec` lists the number of choices of each discrete action component; None means Box actions: a diagonal Gaussian
-    whose log standard deviation does not depend on the observation. All arguments are JSON: they become config.json."""
+    `nvec` holds the number of choices of each discrete action component; None means a Box: a diagonal Gaussian with a
+    log standard deviation that does not depend on the observation. All arguments are JSON: they become config.json."""
 
-    def __init__(self, obs_shape: list[int], action_shape: list[int], nvec: list[int] | None = None,
-                 hidden_sizes: list[int] = (64, 64), activation: str = "tanh", norm_obs: bool = False,
-                 logstd_init: float = 0.0):  # fmt: skip
+    def __init__(self, obs_shape: list[int], action_shape: list[int], nvec: list[int] | None, hidden_sizes: list[int],
+                 activation: str = "tanh", norm_obs: bool = False, logstd_init: float = 0.0):  # fmt: skip
         super().__init__()
-        self.action_shape, self.nvec, self.norm_obs = tuple(action_shape), nvec, norm_obs
-        self.image, self.channels_last = len(obs_shape) == 3, obs_shape[-1] == min(obs_shape)
-        self.trunk, features = nn.Identity(), obs_shape[0]
+        self.obs_shape, self.action_shape, self.nvec, self.norm_obs = obs_shape, action_shape, nvec, norm_obs
+        self.image = len(obs_shape) == 3
+        self.trunk, features, outputs = nn.Identity(), obs_shape[0], sum(nvec) if nvec else math.prod(action_shape)
         if self.image:
+            self.channels_last = obs_shape[-1] == min(obs_shape)
             channels, *size = obs_shape[-1:] + obs_shape[:-1] if self.channels_last else obs_shape
-            conv = [layer_init(nn.Conv2d(*c)) for c in ((channels, 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1))]
-            pixels = 64 * math.prod(((((s - 8) // 4 + 1) - 4) // 2 + 1) - 2 for s in size)
-            self.trunk = nn.Sequential(conv[0], nn.ReLU(), conv[1], nn.ReLU(), conv[2], nn.ReLU(), nn.Flatten(),
-                                       layer_init(nn.Linear(pixels, 512)), nn.ReLU())  # fmt: skip
-            features = 512
-        outputs = sum(nvec) if nvec else math.prod(action_shape)
-        self.actor = mlp([features, *hidden_sizes, outputs], activation, 0.01)  # nearly uniform at the start
+            pixels, features = math.prod(((s // 4 - 1) // 2 - 1) - 2 for s in size), 512
+            layers = [nn.Conv2d(channels, 32, 8, 4), nn.Conv2d(32, 64, 4, 2), nn.Conv2d(64, 64, 3, 1)]
+            layers = [m for conv in layers for m in (layer_init(conv), nn.ReLU())] + [nn.Flatten()]
+            self.trunk = nn.Sequential(*layers, layer_init(nn.Linear(64 * pixels, features)), nn.ReLU())
+        self.actor = mlp([features, *hidden_sizes, outputs], activation, 0.01)  # 0.01: nearly uniform at the start
         self.critic = mlp([features, *hidden_sizes, 1], activation, 1.0)
         if nvec is None:
             self.logstd = nn.Parameter(torch.full((outputs,), logstd_init))
-        self.obs_stats = RunningMeanStd(() if self.image else tuple(obs_shape))
-        self.return_stats = RunningMeanStd(())
+        self.obs_stats, self.return_stats = RunningMeanStd(() if self.image else tuple(obs_shape)), RunningMeanStd(())
 
     def encode(self, obs: Tensor) -> Tensor:  # [..., *obs_shape] -> [..., features]
         if self.image:
             x = obs.movedim(-1, -3) if self.channels_last else obs
             return self.trunk(x.reshape(-1, *x.shape[-3:]).float() / 255).view(*x.shape[:-3], -1)
-        obs = obs.float()
         if self.norm_obs:
-            return ((obs - self.obs_stats.mean.float()) / self.obs_stats.std).clamp(-10, 10)
-        return obs
+            return ((obs - self.obs_stats.mean) / self.obs_stats.std).float().clamp(-10, 10)
+        return obs.float()
 
     def sample_noise(self, *shape: int, generator: torch.Generator | None = None) -> Tensor:
-        """What makes `act` sample: standard Gumbel noise for logits, standard normal for means; [*shape, outputs]."""
+        """What makes `act` sample, [*shape, outputs]: Gumbel noise for logits, standard normal noise for means."""
         noise = torch.empty(*shape, self.actor[-1].out_features, device=self.actor[-1].weight.device)
         if self.nvec is None:
             return noise.normal_(generator=generator)
         return -noise.exponential_(generator=generator).log()
 
+    def choose(self, out: Tensor, noise: Tensor | float) -> Tensor:  # [..., outputs] -> [..., *action_shape]
+        if self.nvec is None:
+            action = out + self.logstd.exp() * noise
+        else:  # the Gumbel-max trick
+            action = torch.stack([logits.argmax(-1) for logits in (out + noise).split(self.nvec, -1)], -1)
+        return action.view(*out.shape[:-1], *self.action_shape)
+
     def act(self, obs: Tensor, noise: Tensor | float = 0.0) -> Tensor:
         """The action that this noise selects, [..., *action_shape]; without noise the mode: the greedy action."""
         return self.choose(self.actor(self.encode(obs)), noise)
-
-    def choose(self, out: Tensor, noise: Tensor | float) -> Tensor:  # [..., outputs] -> [..., *action_shape]
-        if self.nvec is None:
-            return (out + self.logstd.exp() * noise).view(*out.shape[:-1], *self.action_shape)
-        choices = [logits.argmax(-1) for logits in (out + noise).split(self.nvec, -1)]  # the Gumbel-max trick
-        return torch.stack(choices, -1).view(*out.shape[:-1], *self.action_shape)
 
     def get_value(self, obs: Tensor) -> Tensor:  # [...]
         return self.critic(self.encode(obs)).squeeze(-1)
 
     def get_action_and_value(self, obs: Tensor, action: Tensor | None = None):
-        """Action [..., *action_shape], its log-probability [...], the policy's entropy [...] and the value [...]."""
+        """Action [..., *action_shape], sampled if not given; its log-probability, the entropy and the value, [...]."""
         features = self.encode(obs)
         out, value = self.actor(features), self.critic(features).squeeze(-1)
         if action is None:
@@ -492,9 +467,7 @@ class Agent(nn.Module, PyTorchModelHubMixin):
         return action, logprob, entropy, value
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The mathematics of PPO: tensors in, tensors out
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The mathematics of PPO: tensors in, tensors out -----------------------------------------------------------------
 
 
 def categorical(logits: Tensor, nvec: list[int], action: Tensor) -> tuple[Tensor, Tensor]:
@@ -512,9 +485,9 @@ def gaussian(mean: Tensor, logstd: Tensor, action: Tensor) -> tuple[Tensor, Tens
 
 
 def accumulate(x: np.ndarray, done: np.ndarray, carry: np.ndarray, gamma: float = 1.0) -> np.ndarray:
-    """Running discounted sums of x within episodes, forward in time: x, done, result [T, N].
+    """Discounted sums of x within episodes, forward in time: x, done and the sums [T, N].
 
-    `carry` [N] holds the sums of the episodes under way; it is updated in place and forgets what has ended."""
+    `carry` [N] holds the sums of the episodes under way; it is updated in place and forgets those that ended."""
     sums = np.empty(x.shape)
     for t in range(len(x)):
         carry *= gamma
@@ -527,21 +500,30 @@ def accumulate(x: np.ndarray, done: np.ndarray, carry: np.ndarray, gamma: float 
 def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tensor, gamma: float, gae_lambda: float):
     """Generalised advantage estimation, GAE Eq. 16: advantages [T, N] from values [T+1, N] and the rest [T, N].
 
-    A termination has no future value. A truncation does: values[t+1] is that of the episode's real last observation,
-    as NEXT_STEP resets leave it in place. Neither lets an advantage flow back from the next episode."""
-    delta = rewards + gamma * values[1:] * ~terminated - values[:-1]  # the TD residual, PPO Eq. 12
+    After a termination there is no value to come. After a truncation there is: values[t + 1] is that of the episode's
+    true last observation, which NEXT_STEP resets leave in place. Advantages never flow back from the next episode."""
+    delta = rewards + gamma * values[1:] * ~terminated - values[:-1]  # PPO Eq. 12
     decay = gamma * gae_lambda * ~done
     advantages, last = [], torch.zeros_like(values[0])
-    for d, k in zip(delta.flip(0), decay.flip(0)):  # PPO Eq. 11, backwards
+    for d, k in zip(delta.flip(0), decay.flip(0)):  # PPO Eq. 11, backwards in time
         last = d + k * last
         advantages.append(last)
     return torch.stack(advantages).flip(0)
 
 
+def minibatches(valid: Tensor, epochs: int, K: int, generator: torch.Generator) -> Tensor:
+    """Row numbers of K minibatches an epoch, [epochs, K, M], from the valid rows of [T, N] in a new order each epoch.
+
+    Resets leave fewer than B rows; each order is repeated to fill the batch, so that every minibatch has M."""
+    rows, B = valid.flatten().nonzero().squeeze(-1), valid.numel()
+    orders = [rows[torch.randperm(len(rows), generator=generator, device=rows.device)] for _ in range(epochs)]
+    return torch.stack([order.repeat(-(-B // len(rows)))[:B] for order in orders]).view(epochs, K, B // K)
+
+
 def standardize(x: Tensor, weight: float = 1.0) -> Tensor:
-    """Zero mean and unit variance over the last axis, over all ranks, each counting with its weight."""
+    """Zero mean and unit variance along the last axis, over all ranks, each counting with its weight."""
     mean, square = rank_sum(weight * torch.stack([x.double().mean(-1), x.double().square().mean(-1)])).unsqueeze(-1)
-    return ((x - mean) / ((square - mean**2).clamp(min=0).sqrt() + 1e-8)).float()
+    return ((x - mean) / ((square - mean**2).clamp(0).sqrt() + 1e-8)).float()
 
 
 def policy_loss(logratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
@@ -551,7 +533,7 @@ def policy_loss(logratio: Tensor, advantages: Tensor, clip_coef: float) -> Tenso
 
 
 def value_loss(new_values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
-    """Half the mean squared error (PPO Eq. 9); clipped, the larger of it and that of a step of at most clip_coef."""
+    """Half the mean squared error; with clip_coef the larger of it and that of a value moved by at most clip_coef."""
     error = (new_values - returns) ** 2
     if clip_coef is not None:
         clipped = old_values + (new_values - old_values).clamp(-clip_coef, clip_coef)
@@ -559,47 +541,33 @@ def value_loss(new_values: Tensor, old_values: Tensor, returns: Tensor, clip_coe
     return 0.5 * error.mean()
 
 
-def ppo_loss(agent: Agent, obs, actions, logprobs, values, returns, advantages, args: Args):
-    """The whole objective of one minibatch, PPO Eq. 9 negated, and what is logged of it, in the order of METRICS."""
+METRICS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
+
+
+def ppo_loss(agent: Agent, obs, actions, logprobs, values, returns, advantages, args: Args) -> tuple[Tensor, Tensor]:
+    """The whole objective of a minibatch, PPO Eq. 9, negated; and its METRICS, for the logs."""
     _, new_logprobs, entropy, new_values = agent.get_action_and_value(obs, actions)
     logratio = new_logprobs - logprobs
     pg_loss = policy_loss(logratio, advantages, args.clip_coef)
     v_loss = value_loss(new_values, values, returns, args.clip_coef if args.clip_vloss else None)
-    entropy = entropy.mean()
-    loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
-    with torch.no_grad():  # KL(old || new), estimated as in joschu.net/blog/kl-approx.html: k1, and k3 with less noise
+    loss = pg_loss - args.ent_coef * entropy.mean() + args.vf_coef * v_loss
+    with torch.no_grad():  # KL(old || new) as k1 and, with less noise, as k3 of joschu.net/blog/kl-approx.html
         ratio = logratio.exp()
-        clipfrac = ((ratio - 1).abs() > args.clip_coef).float()
-        metrics = [pg_loss, v_loss, entropy, -logratio.mean(), (ratio - 1 - logratio).mean(), clipfrac.mean()]
-        return loss, torch.stack(metrics)
-
-
-METRICS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
+        kl, clipfrac = (ratio - 1 - logratio).mean(), ((ratio - 1).abs() > args.clip_coef).float().mean()
+        return loss, torch.stack([pg_loss, v_loss, entropy.mean(), -logratio.mean(), kl, clipfrac])
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var[returns - values] / Var[returns]: 1 is a perfect critic, 0 one no better than a constant."""
-    variance = returns.var(correction=0)
-    return (1 - (returns - values).var(correction=0) / variance).item() if variance > 0 else math.nan
+    """1 - Var[returns - values] / Var[returns]: 1 for a perfect critic, 0 for one no better than a constant."""
+    return (1 - (returns - values).var(correction=0) / returns.var(correction=0)).item()
 
 
-def minibatches(valid: Tensor, epochs: int, K: int, generator: torch.Generator) -> Tensor:
-    """Row numbers of the minibatches, [epochs, K, M]: the valid rows of [T, N], in a new order each epoch.
-
-    Resets leave fewer than B of them; each order is repeated to fill the batch, so that every minibatch has M rows."""
-    real, B = valid.flatten().nonzero().squeeze(-1), valid.numel()
-    orders = [real[torch.randperm(len(real), generator=generator, device=real.device)] for _ in range(epochs)]
-    return torch.stack([order.repeat(-(-B // len(order)))[:B] for order in orders]).view(epochs, K, B // K)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop: collect, estimate, optimise, report
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The loop: collect, estimate, optimise, report -------------------------------------------------------------------
 
 
 def train(args: Args) -> Path:
     """PPO, Algorithm 1, from the start or from a checkpoint. Returns the run's folder, with the trained agent in it."""
-    rank, world = join_ranks(args)
+    args, (rank, world) = named(args), join_ranks(args)
     envs, *_ = make_envs(args, seeds(args.seed, TRAINING))  # one environment, to look at its spaces
     config = agent_config(args, envs)
     device = choose_device(args, config)
@@ -608,26 +576,21 @@ def train(args: Args) -> Path:
     agent = Agent(**config).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)  # eps as in baselines
     generator = torch.Generator(device).manual_seed(seeds(args.seed, SAMPLING, rank)[0])
-    run, state = open_run(args, device, rank, world)
-    if "agent" in state:  # a checkpoint
-        agent.load_state_dict(state["agent"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generators"][rank])
-    loss_fn = compile_loss(args, agent) if args.compile else ppo_loss
-    writer, bar, recent = open_log(args, run, state, rank)
+    run, state = open_run(args, agent, optimizer, generator)  # state: iteration, global_step, seconds, best
+    writer, bar, recent = open_log(args, run, state) if rank == 0 else (None, None, None)
+    loss_fn = compile_loss(args, agent, device) if args.compile else ppo_loss
     every = args.checkpoint_every or default_interval(args)
 
-    obs = torch.zeros(T + 1, N, *config["obs_shape"], dtype=torch.uint8 if agent.image else torch.float32, device=device)
-    actions = torch.zeros(T, N, *agent.action_shape, dtype=torch.int64 if agent.nvec else torch.float32, device=device)
-    rewards, lives = np.zeros((T, N)), np.zeros((T + 1, N))
-    terminated, truncated = np.zeros((2, T, N), dtype=bool)
+    obs = torch.zeros(T + 1, N, *agent.obs_shape, dtype=torch.uint8 if agent.image else None, device=device)
+    actions = torch.zeros(T, N, *agent.action_shape, dtype=torch.int64 if agent.nvec else None, device=device)
+    rewards, lives, (terminated, truncated) = np.zeros((T, N)), np.zeros((T + 1, N)), np.zeros((2, T, N), dtype=bool)
 
     for iteration in range(state["iteration"], args.num_iterations + 1):
         if iteration % every == 0 or iteration == args.num_iterations:
             # Environments cannot be saved, but they can be made anew. So every run does that at every checkpoint, and
             # a resumed run follows the very path of one that was never interrupted. The cut counts as a truncation.
-            state |= {"iteration": iteration}
-            save_checkpoint(run, args, state, agent, optimizer, generator, writer)
+            state["iteration"] = iteration
+            save_checkpoint(args, run, state, agent, optimizer, generator, writer)
             envs.close()
             if iteration == args.num_iterations:
                 break
@@ -647,26 +610,27 @@ def train(args: Args) -> Path:
                 step = step_envs(envs, actions[t], iteration * T + t)
                 next_obs, rewards[t], terminated[t], truncated[t], info = step
                 obs[t + 1] = to_torch(next_obs, device)
-                lives[t + 1] = info["lives"] if args.episodic_life else 0
+                if args.episodic_life:
+                    lives[t + 1] = info["lives"]
         done = terminated | truncated
         valid = ~np.vstack([ended, done[:-1]])  # [T, N]; the row after an episode's last is its reset: no transition
         ended = done[-1].copy()
 
         # Estimate advantages and value targets
-        logprobs, values = score(agent, obs, actions)  # [T, N], [T+1, N]
         lost_life = (lives[1:] < lives[:-1]) & valid
-        horizon = [to_torch(x, device) for x in (terminated | lost_life, done | lost_life)]
-        scaled = to_torch(scale_rewards(args, agent, rewards), device)
-        advantages = compute_gae(scaled, values, *horizon, args.gamma, args.gae_lambda)
+        ends = [to_torch(end | lost_life, device) for end in (terminated, done)]
+        logprobs, values = score(agent, obs, actions)  # [T, N], [T+1, N]
+        learned = to_torch(scale_rewards(args, agent, rewards), device)
+        advantages = compute_gae(learned, values, *ends, args.gamma, args.gae_lambda)  # [T, N]
         batch = [x.flatten(0, 1) for x in (obs[:T], actions, logprobs, values[:T], advantages + values[:T])]
         rows = minibatches(to_torch(valid, device), args.update_epochs, K, generator)  # [epochs, K, M]
-        total = rank_sum(torch.tensor(float(valid.sum()), device=device)).item()
-        weight = float(valid.sum()) / total  # this rank's share of the transitions
+        transitions = int(rank_sum(torch.tensor(valid.sum(), device=device)))
+        weight = valid.sum() / transitions  # this rank's share
         advantages = advantages.flatten()[rows]
         if args.norm_adv:
             advantages = standardize(advantages, weight)
 
-        # Optimise the policy and the value function together
+        # Optimise policy and value function together
         history, priming = [], iteration == 0 and (args.norm_obs or args.norm_reward)
         for epoch in range(0 if priming else args.update_epochs):  # the first rollout only fills the statistics
             for k in range(K):
@@ -676,28 +640,28 @@ def train(args: Args) -> Path:
                 history.append(reduce_gradients(agent, metrics, weight))
                 norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 if not norm.isfinite():
-                    raise Stop(f"the gradient became {norm} in iteration {iteration}: lower --learning-rate", code=1)
+                    raise Stop(f"the gradient's norm is {norm} in iteration {iteration}: lower --learning-rate", code=1)
                 optimizer.step()
             kl = torch.stack(history[-K:])[:, METRICS.index("approx_kl")].mean()
             if args.target_kl is not None and kl > args.target_kl:
                 break
-        if args.norm_obs:
-            agent.obs_stats.update(obs[:T][to_torch(valid, device)])
         so_far = accumulate(rewards, done, discounted, args.gamma)
         agent.return_stats.update(to_torch(so_far[valid], device))
-        state["global_step"] += int(total)
+        if args.norm_obs:
+            agent.obs_stats.update(obs[:T][to_torch(valid, device)])
+        state["global_step"] += transitions
         state["seconds"] += time.perf_counter() - started
 
         # Report
         if rank == 0:
-            steps = state["global_step"] - int(total) + world * valid.sum(1).cumsum()
-            episodes = accumulate(rewards, done, returned), accumulate(valid, done, length)
             losses = dict(zip(METRICS, torch.stack(history).mean(0).tolist())) if history else {}
-            losses["explained_variance"] = explained_variance(batch[3][rows[0].flatten()], batch[4][rows[0].flatten()])
-            report(writer, bar, recent, args, state, lr, losses, steps, done, *episodes)
+            losses["explained_variance"] = explained_variance(*(x[rows[0].flatten()] for x in batch[3:]))
+            episodes = accumulate(rewards, done, returned), accumulate(valid, done, length)
+            steps = state["global_step"] - transitions + world * valid.sum(1).cumsum()  # [T], global step of each row
+            report(writer, bar, recent, args, state, iteration, lr, losses, done, steps, *episodes)
     if rank == 0:
-        bar.close()
         writer.close()
+        bar.close()
         agent.load_state_dict(state["best"]["agent"])
         agent.save_pretrained(run)
     return run
@@ -709,22 +673,17 @@ def score(agent: Agent, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
     T, N = actions.shape[:2]
     chunks = zip(obs[:T].flatten(0, 1).split(4096), actions.flatten(0, 1).split(4096))
     _, logprobs, _, values = zip(*(agent.get_action_and_value(*chunk) for chunk in chunks))
-    last = agent.get_value(obs[T])
-    return torch.cat(logprobs).view(T, N), torch.cat([*values, last]).view(T + 1, N)
+    return torch.cat(logprobs).view(T, N), torch.cat([*values, agent.get_value(obs[T])]).view(T + 1, N)
 
 
 def scale_rewards(args: Args, agent: Agent, rewards: np.ndarray) -> np.ndarray:
-    """The rewards to learn from, [T, N] float32; reported returns are those of the untouched rewards."""
+    """The rewards to learn from, [T, N] float32. Reported returns are sums of the untouched ones."""
     if args.norm_reward:
         rewards = (rewards / agent.return_stats.std.item()).clip(-10, 10)
-    if args.clip_reward:
-        rewards = np.sign(rewards)
-    return rewards.astype(np.float32)
+    return (np.sign(rewards) if args.clip_reward else rewards).astype(np.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Devices and ranks
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Devices and ranks -----------------------------------------------------------------------------------------------
 
 
 def local_cores() -> int:
@@ -736,80 +695,82 @@ def choose_device(args: Args, config: dict[str, Any]) -> torch.device:
     """Where to compute, and on how many threads: on a small MLP, a GPU or a second thread costs more than it gives."""
     large = len(config["obs_shape"]) == 3 or max(args.hidden_sizes, default=0) >= 1024
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise Stop("--device cuda, but torch finds no GPU: use --device auto or cpu")
+        raise Stop("--device cuda, but torch finds no GPU here: use --device auto or cpu")
     torch.set_num_threads(local_cores() if large else 1)
-    if args.device == "cpu" or not torch.cuda.is_available() or (args.device == "auto" and not large):
-        return torch.device("cpu")
-    torch.backends.cudnn.deterministic = True  # the same seed gives the same weights
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cuda", torch.cuda.current_device())
+    if args.device == "cuda" or (args.device == "auto" and large and torch.cuda.is_available()):
+        torch.backends.cudnn.deterministic = True  # the same seed gives the same weights
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def to_torch(x: np.ndarray, device: torch.device) -> Tensor:
-    """From NumPy to the device; from pinned memory a GPU copies while the CPU goes on."""
+    """From NumPy to the device; out of pinned memory a GPU copies while the CPU goes on."""
     tensor = torch.as_tensor(x)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def join_ranks(args: Args) -> tuple[int, int]:
-    """(rank, world size) as torchrun set them; 0 and 1 without it."""
+    """(rank, world size) as torchrun set them, or (0, 1)."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.num_envs % world or args.batch_size // world % args.num_minibatches:
-        raise Stop(f"--num-envs {args.num_envs} and the rows of a minibatch must be multiples of {world} ranks")
+        raise Stop(f"--num-envs {args.num_envs}, and the rows of a minibatch, must be multiples of {world} ranks")
     if world > 1 and not dist.is_initialized():
-        cuda = torch.cuda.is_available() and args.device != "cpu"
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return rank, world
 
 
 def rank_sum(x: Tensor) -> Tensor:
-    """The sum of x over all ranks, on each of them."""
+    """The sum of x over all ranks, in place, the same on each of them."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
 
 
 def reduce_gradients(agent: Agent, metrics: Tensor, weight: float) -> Tensor:
-    """Weighted mean of gradients and metrics over ranks, in one message; gradients in place, metrics returned."""
+    """Weighted means of gradients (in place) and metrics (returned) over the ranks, in a single message."""
     if not dist.is_initialized():
         return metrics
-    tensors = [p.grad for p in agent.parameters()] + [metrics]
-    flat = rank_sum(weight * torch.cat([x.flatten() for x in tensors]))
-    for x, mean in zip(tensors, flat.split([x.numel() for x in tensors])):
+    tensors = [*(p.grad for p in agent.parameters()), metrics]
+    means = rank_sum(weight * torch.cat([x.flatten() for x in tensors])).split([x.numel() for x in tensors])
+    for x, mean in zip(tensors, means):
         x.copy_(mean.view_as(x))
     return metrics
 
 
-def compile_loss(args: Args, agent: Agent):
-    """ppo_loss as one compiled graph, forward and backward, warmed up on zeros so that training time excludes it."""
-    if not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "clang++")) and torch.get_default_device().type == "cpu":
-        raise Stop("--compile needs a C++ compiler (g++ or clang++) on the PATH: install one, or leave --compile out")
-    return torch.compile(ppo_loss, fullgraph=True, dynamic=False)
+def compile_loss(args: Args, agent: Agent, device: torch.device):
+    """ppo_loss as one graph, forward and backward; compiled here, on zeros, so that training time excludes it."""
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise Stop("--compile needs a C++ compiler on the PATH: install g++ or clang++, or leave --compile out")
+    loss_fn, started = torch.compile(ppo_loss, fullgraph=True, dynamic=False), time.perf_counter()
+    M = args.batch_size // args.num_minibatches // int(os.environ.get("WORLD_SIZE", 1))
+    dtypes = torch.uint8 if agent.image else torch.float32, torch.int64 if agent.nvec else torch.float32
+    inputs = [torch.zeros(M, *s, dtype=d, device=device) for s, d in zip((agent.obs_shape, agent.action_shape), dtypes)]
+    loss_fn(agent, *inputs, *torch.zeros(4, M, device=device), args)[0].backward()
+    agent.zero_grad()
+    print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
+    return loss_fn
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run's folder: logs, checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The run's folder: settings, checkpoints, logs -------------------------------------------------------------------
 
-VERSION = 1  # of the checkpoint format
-MODES = ("evaluate", "resume", "push")
-FREE = (*MODES, "device", "track", "wandb_project_name", "wandb_entity", "repo_id", "private",
-        "capture_video")  # fmt: skip
-POLICY_FILES = ("hyperparameters.json", "config.json", "model.safetensors")
+
+VERSION = 1  # of the checkpoints' format
+FREE = (*MODES, "device", "track", "wandb_project_name", "wandb_entity", "repo_id", "private", "capture_video")
 
 
 def named(args: Args) -> Args:
-    """The arguments with the run's name filled in."""
+    """The arguments, with the run's default name filled in."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     return replace(args, run_name=args.run_name or re.sub(r"[^\w.=+-]", "-", name))
 
 
 def run_folder(args: Args) -> Path:
-    return Path(args.resume or Path("runs", args.run_name))
+    return Path(args.resume or f"runs/{args.run_name}")
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """All or nothing, even if the machine stops in the middle: a temporary file, then one atomic rename."""
+    """All or nothing, even if the power fails: write and sync a temporary file, rename it, sync the folder."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -821,8 +782,7 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(folder)
         os.close(folder)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         raise Stop(f"cannot write {path}: {error.strerror}; what was there before is intact", code=1) from None
 
 
@@ -830,47 +790,80 @@ def write_json(path: Path, data: dict) -> None:
     write_file(path, (json.dumps(data, indent=2) + "\n").encode())
 
 
+def conforms(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON is of an annotated type."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return isinstance(value, list) and all(conforms(v, inner[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(conforms(v, inner[1]) for v in value.values())
+    if origin is Literal:
+        return value in inner
+    if origin is not None:  # a union
+        return any(conforms(value, h) for h in inner)
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
+def load_args(folder: Path) -> Args:
+    """The arguments in a run's hyperparameters.json; each name, type and range is checked."""
+    path, hints = folder / "hyperparameters.json", typing.get_type_hints(Args)
+    try:
+        data = json.loads(path.read_text())
+        for name, value in data.items():
+            if name not in hints or name in MODES or not conforms(value, hints[name]):
+                raise ValueError(f"{name} = {value!r:.80} is not one of ppo.py's settings")
+        return Args(**{name: tuple(value) if type(value) is list else value for name, value in data.items()})
+    except OSError as error:
+        raise Stop(f"cannot read {path}: {error.strerror}; is {folder} a run's folder?") from None
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise Stop(f"refused {path}: {error}") from None
+
+
+def refuse_changes(saved: Args, args: Args) -> None:
+    """A resumed run must be the run that was interrupted: Stop with the difference if it would not be."""
+    old, new = asdict(saved), asdict(args)
+    if changed := [f"{flag(k)} {old[k]} -> {new[k]}" for k in old if old[k] != new[k] and k not in FREE]:
+        free = ", ".join(flag(k) for k in FREE if k not in MODES)
+        raise Stop(f"--resume goes on with the same run, but this differs: {'; '.join(changed)}. May differ: {free}")
+
+
 def default_interval(args: Args) -> int:
-    """Iterations between checkpoints: each cuts the episodes under way, so that they must stay rare beside them."""
+    """Iterations between checkpoints: each cuts the episodes under way, so they must stay rare beside episodes."""
     limit = gym.spec(args.env_id.rpartition(":")[2]).max_episode_steps or 0
     return max(args.num_iterations // 10, math.ceil(5 * limit / args.num_steps), 1)
 
 
-def settings(device: torch.device, world: int) -> dict[str, Any]:
-    """What, besides the arguments, decides the last bit of a result."""
-    return {
-        "python": platform.python_version(), "torch": str(torch.__version__), "gymnasium": gym.__version__,
-        "numpy": np.__version__, "device": device.type, "threads": torch.get_num_threads(), "ranks": world,
-    }  # fmt: skip
-
-
-def open_run(args: Args, device: torch.device, rank: int, world: int) -> tuple[Path, dict[str, Any]]:
-    """The run's folder and the state to start from: that of a new run, or the checkpoint that --resume asks for."""
-    run = run_folder(args)
+def open_run(args: Args, agent: Agent, optimizer, generator: torch.Generator) -> tuple[Path, dict[str, Any]]:
+    """The run's folder and the state to start from: a new one, or with --resume the checkpoint's, put in place."""
+    run, device = run_folder(args), generator.device.type
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    here = {"python": platform.python_version(), "torch": str(torch.__version__), "gymnasium": gym.__version__,
+            "numpy": np.__version__, "device": device, "threads": torch.get_num_threads(), "ranks": world}  # fmt: skip
     state: dict[str, Any] = {"iteration": 0, "global_step": 0, "seconds": 0.0, "best": {"score": -math.inf}}
     if rank == 0 and args.resume:
         state = load_checkpoint(run)
     elif rank == 0:
         try:
             run.mkdir(parents=True)
-        except FileExistsError:
-            raise Stop(f"{run} exists: choose another --run-name, or go on with --resume {run}") from None
         except OSError as error:
-            raise Stop(f"cannot create {run}: {error.strerror}") from None
+            raise Stop(f"cannot create {run}: {error.strerror}; to go on with a run, use --resume") from None
         write_json(run / "hyperparameters.json", {k: v for k, v in asdict(args).items() if k not in MODES})
-    if rank == 0:
-        print(f"run: {run}   preset: {preset(args.env_id)[0] or 'none'}   device: {device}", flush=True)
     if dist.is_initialized():
         dist.broadcast_object_list(shared := [state])
         state = shared[0]
-    now, then = settings(device, world), state.get("settings")
-    if rank == 0 and then and now != then:
-        changed = ", ".join(f"{k} {then.get(k)} -> {now[k]}" for k in now if now[k] != then.get(k))
-        print(f"warning: not bit for bit what it would have been: {changed}", file=sys.stderr)
-    return run, state | {"settings": now}
+    if "agent" in state:
+        agent.load_state_dict(state["agent"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generators"][rank])
+    if rank == 0:
+        print(f"run: {run}   preset: {preset(args.env_id)[0] or 'none'}   device: {device}", flush=True)
+        then = state.get("settings", here)
+        if changed := ", ".join(f"{k} {then.get(k)} -> {here[k]}" for k in here if here[k] != then.get(k)):
+            print(f"warning: this will not be bit for bit the run that was interrupted: {changed}", file=sys.stderr)
+    return run, state | {"settings": here}
 
 
-def save_checkpoint(run: Path, args: Args, state: dict, agent: Agent, optimizer, generator, writer) -> None:
+def save_checkpoint(args: Args, run: Path, state: dict, agent: Agent, optimizer, generator, writer) -> None:
     """Validate, remember the best agent so far in `state`, and write all that the run needs to go on from here."""
     generators = [generator.get_state()]
     if dist.is_initialized():
@@ -878,17 +871,14 @@ def save_checkpoint(run: Path, args: Args, state: dict, agent: Agent, optimizer,
         if dist.get_rank() > 0:
             return
     weights = {name: value.detach().cpu().clone() for name, value in agent.state_dict().items()}
-    if args.validation_episodes and state["iteration"] > 0:
-        returns, _ = evaluate(agent, args, args.validation_episodes, VALIDATION)
-        state["last_score"] = float(returns.mean())
-    if (last := state.get("last_score", -math.inf)) >= state["best"]["score"]:
-        state["best"] = {"score": last, "iteration": state["iteration"], "agent": weights}
-    writer.flush()  # a resumed run purges what was logged after its checkpoint, and trusts what was logged before
-    buffer = io.BytesIO()
-    torch.save(
-        state | {"version": VERSION, "agent": weights, "optimizer": optimizer.state_dict(), "generators": generators},
-        buffer,
-    )
+    if args.validation_episodes and state["iteration"]:
+        state["last_score"] = float(evaluate(agent, args, args.validation_episodes, VALIDATION)[0].mean())
+    if state.get("last_score", -math.inf) >= state["best"]["score"]:  # a tie goes to the newer
+        best = {"score": state.get("last_score", -math.inf), "iteration": state["iteration"], "agent": weights}
+        state["best"] = best
+    writer.flush()  # a resumed run purges what was logged after its checkpoint and relies on what was logged before
+    saved = {"version": VERSION, "agent": weights, "optimizer": optimizer.state_dict(), "generators": generators}
+    torch.save(state | saved, buffer := io.BytesIO())
     data = buffer.getvalue()
     write_file(run / f"checkpoint-{state['iteration']:08d}.pt", data + hashlib.sha256(data).digest())
     for old in sorted(run.glob("checkpoint-*.pt"))[:-2]:
@@ -896,15 +886,15 @@ def save_checkpoint(run: Path, args: Args, state: dict, agent: Agent, optimizer,
 
 
 def load_checkpoint(run: Path) -> dict[str, Any]:
-    """The newest undamaged checkpoint of a run. It is data only: torch.load runs no code with weights_only."""
+    """The newest undamaged checkpoint of a run. It is data only: with weights_only, torch.load runs no code."""
     for path in sorted(run.glob("checkpoint-*.pt"), reverse=True):
         try:
             data = path.read_bytes()
             if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-                raise ValueError("its checksum does not match")
+                raise ValueError("its checksum is wrong")
             state = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load has many ways to fail on bad bytes
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # torch.load has many ways to refuse bytes
+            reason = str(error).partition("\n")[0]
             print(f"warning: {path} is unusable ({reason}); trying the one before it", file=sys.stderr)
             continue
         if state["version"] > VERSION:
@@ -913,53 +903,8 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
     raise Stop(f"{run} has no usable checkpoint: start the run again")
 
 
-def conforms(value: Any, hint: Any) -> bool:
-    """Whether a value read from JSON is of the annotated type, and finite."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return any(conforms(value, h) for h in inner)
-    if origin is Literal:
-        return value in inner
-    if origin is tuple:
-        return isinstance(value, list) and all(conforms(v, inner[0]) for v in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(conforms(v, inner[1]) for v in value.values())
-    if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is hint
-
-
-def load_args(folder: Path) -> Args:
-    """The arguments in a run's hyperparameters.json, each checked against its type and range."""
-    path = folder / "hyperparameters.json"
-    try:
-        data = json.loads(path.read_text())
-        hints = typing.get_type_hints(Args)
-        for name, value in data.items():
-            if name not in hints or name in MODES:
-                raise ValueError(f"unknown setting {name!r}")
-            if not conforms(value, hints[name]):
-                raise ValueError(f"{name} cannot be {str(value)[:80]!r}")
-        return Args(**{name: tuple(value) if type(value) is list else value for name, value in data.items()})
-    except OSError as error:
-        raise Stop(f"cannot read {path}: {error.strerror}; is {folder} a run's folder?") from None
-    except (ValueError, AttributeError) as error:
-        raise Stop(f"refused {path}: {error}") from None
-
-
-def refuse_changes(saved: Args, args: Args) -> None:
-    """A resumed run must be the run that was interrupted: Stop with the differences if it would not be."""
-    old, new = asdict(saved), asdict(args)
-    changed = [f"{flag(k)} {old[k]} -> {new[k]}" for k in old if old[k] != new[k] and k not in FREE]
-    if changed:
-        free = ", ".join(flag(k) for k in FREE if k not in MODES)
-        raise Stop(f"--resume goes on with the same run, but these differ: {'; '.join(changed)}. May change: {free}")
-
-
-def open_log(args: Args, run: Path, state: dict, rank: int):
-    """TensorBoard writer, progress bar, and the returns of the last 100 episodes; nothing on ranks other than 0."""
-    if rank > 0:
-        return None, None, None
+def open_log(args: Args, run: Path, state: dict):
+    """TensorBoard writer, progress bar, and the returns of the last 100 episodes."""
     if args.track:
         try:
             import wandb
@@ -968,19 +913,23 @@ def open_log(args: Args, run: Path, state: dict, rank: int):
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, id=run.name, dir=run,
                    resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)  # fmt: skip
     from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
     from tqdm import tqdm
 
     resumed = "agent" in state
     writer = SummaryWriter(run, purge_step=state["global_step"] + 1 if resumed else None, flush_secs=10)
     if not resumed:
-        rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+        values = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in asdict(args).items()}
+        for summary in hparams(values, {"charts/episodic_return": 0}):
+            writer.file_writer.add_summary(summary)
+        rows = "\n".join(f"|{name}|{value}|" for name, value in values.items())
         writer.add_text("hyperparameters", f"|parameter|value|\n|-|-|\n{rows}")
     bar = tqdm(total=args.total_timesteps, initial=state["global_step"], unit=" steps", unit_scale=True, disable=None)
     return writer, bar, deque(maxlen=100)
 
 
-def report(writer, bar, recent, args: Args, state: dict, lr: float, losses: dict, steps, done, returns, lengths) -> None:
-    """One iteration: each finished episode at the step it ended, then everything else at the last step."""
+def report(writer, bar, recent, args: Args, state, iteration, lr, losses, done, steps, returns, lengths) -> None:
+    """One iteration: each episode at the step it ended, everything else at the last step."""
     for t, i in np.argwhere(done):
         writer.add_scalar("charts/episodic_return", returns[t, i], steps[t])
         writer.add_scalar("charts/episodic_length", lengths[t, i], steps[t])
@@ -992,31 +941,28 @@ def report(writer, bar, recent, args: Args, state: dict, lr: float, losses: dict
     mean = f"{np.mean(recent):.1f}" if recent else "none yet"
     bar.set_postfix_str(f"return {mean}", refresh=False)
     bar.update(state["global_step"] - bar.n)
-    tenths = [10 * (state["iteration"] + i) // args.num_iterations for i in (0, 1)]
-    if bar.disable and tenths[0] != tenths[1]:
-        print(f"step {state['global_step']:>10,}   return {mean:>9}   {sps:>7,} steps/s", flush=True)
+    if bar.disable and iteration * 10 // args.num_iterations < (iteration + 1) * 10 // args.num_iterations:
+        print(f"step {state['global_step']:>11,}   return {mean:>9}   {sps:>7,} steps/s", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def evaluate(agent: Agent, args: Args, episodes: int, stream: int = EVALUATION, deterministic: bool = True):
-    """Returns and lengths, [episodes] each, of the first episode of each of that many fresh environments.
+    """Returns and lengths, [episodes] each: the first episode of each of that many fresh environments.
 
-    Seeds follow from args.seed and the stream. Nothing that training draws from is touched. An environment without a
-    time limit is cut after 27,000 steps."""
+    Their seeds follow from args.seed and the stream; nothing that training draws from is touched. Episodes without a
+    time limit of their own are cut after 27,000 steps, Atari's."""
     device = next(agent.parameters()).device
     generator = torch.Generator(device).manual_seed(seeds(args.seed, stream, SAMPLING)[0])
     envs, obs, _ = make_envs(args, seeds(args.seed, stream, n=episodes), training=False)
-    returns, lengths, running, noise = np.zeros(episodes), np.zeros(episodes), np.ones(episodes, dtype=bool), 0.0
+    (returns, lengths), running, noise = np.zeros((2, episodes)), np.ones(episodes, dtype=bool), 0.0
     while running.any() and lengths.max() < 27_000:
         if not deterministic:
             noise = agent.sample_noise(episodes, generator=generator)
-        actions = agent.act(to_torch(obs, device), noise)
-        obs, rewards, terminated, truncated, _ = step_envs(envs, actions, int(lengths.max()))
+        step = step_envs(envs, agent.act(to_torch(obs, device), noise), int(lengths.max()))
+        obs, rewards, terminated, truncated, _ = step
         returns += rewards * running
         lengths += running
         running &= ~(terminated | truncated)
@@ -1024,207 +970,244 @@ def evaluate(agent: Agent, args: Args, episodes: int, stream: int = EVALUATION, 
     return returns, lengths
 
 
+@torch.inference_mode()
 def record_video(agent: Agent, args: Args, path: Path) -> None:
-    """One greedy episode as an H.264 file that browsers and the Hub can play; a failure costs the video only."""
+    """One greedy episode, H.264 as browsers and the Hub play it. A failure costs the video, not the run."""
     try:
-        if os.environ.get("SDL_VIDEODRIVER") == "":
-            del os.environ["SDL_VIDEODRIVER"]
         import imageio_ffmpeg
 
+        os.environ["SDL_VIDEODRIVER"] = "dummy"  # pygame draws without a display
         envs, obs, _ = make_envs(args, seeds(args.seed, VIDEO), training=False, render=True)
-        fps, done, frames, video = envs.metadata.get("render_fps", 15), False, 0, None
-        while not done and frames < 3000:
-            if args.env_id.startswith("ALE/"):  # its vector environment does not render: the newest of the stack
-                image = obs[0, -1].repeat(4, 0).repeat(4, 1)[..., None].repeat(3, 2)
+        fps, done, video = envs.metadata.get("render_fps", 15), False, None
+        for t in range(3000):
+            if args.env_id.startswith("ALE/"):  # does not render: the newest of its stacked frames, four times as large
+                frame = np.ascontiguousarray(np.kron(obs[0, -1], np.ones((4, 4), np.uint8))[..., None].repeat(3, 2))
             else:
-                image = envs.render()[0]
+                frame = np.ascontiguousarray(envs.render()[0])
             if video is None:
-                video = imageio_ffmpeg.write_frames(str(path), image.shape[1::-1], fps=fps, macro_block_size=2,
+                video = imageio_ffmpeg.write_frames(str(path), frame.shape[1::-1], fps=fps, macro_block_size=2,
                                                     output_params=["-movflags", "+faststart"])  # fmt: skip
                 video.send(None)
-            video.send(np.ascontiguousarray(image))
-            with torch.inference_mode():
-                actions = agent.act(to_torch(obs, next(agent.parameters()).device))
-            obs, _, terminated, truncated, _ = step_envs(envs, actions, frames)
-            done, frames = bool(terminated[0] | truncated[0]), frames + 1
+            video.send(frame)
+            if done:
+                break
+            actions = agent.act(to_torch(obs, next(agent.parameters()).device))
+            obs, _, terminated, truncated, _ = step_envs(envs, actions, t)
+            done = bool(terminated[0] or truncated[0])
         video.close()
         envs.close()
     except Exception as error:
         print(f"warning: no video: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Publishing: what is pushed is what was saved, reloaded and evaluated
-# ---------------------------------------------------------------------------------------------------------------------
+def play(args: Args, folder: Path, agent: Agent) -> dict[str, Any]:
+    """Evaluate, print the score and, if asked for, leave a video. The start of results.json."""
+    returns, lengths = evaluate(agent, args, args.eval_episodes, EVALUATION, args.deterministic)
+    mean, std = float(returns.mean()), float(returns.std())
+    how = "greedy" if args.deterministic else "sampled"
+    print(f"{args.env_id}: mean_reward {mean:.2f} +/- {std:.2f} over {len(returns)} {how} episodes", flush=True)
+    if args.capture_video:
+        record_video(agent, args, folder / "replay.mp4")
+    now = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+    return {"env_id": args.env_id, "mean_reward": mean, "std_reward": std, "n_evaluation_episodes": len(returns),
+            "eval_datetime": now, "deterministic": args.deterministic, "seed": args.seed,
+            "episode_returns": returns.tolist(), "episode_lengths": lengths.tolist()}  # fmt: skip
 
-PLAYED = ("env_id", "env_kwargs", "seed", "hidden_sizes", "activation", "norm_obs", "logstd_init")  # what playing needs
-SAFE_KWARGS = ("is_slippery", "continuous", "repeat_action_probability")  # what a stranger may pass to an environment
+
+def finish(args: Args, run: Path) -> None:
+    """After training: evaluate what was saved, and leave results, card and all else that a push needs."""
+    agent, state = load_agent(run, args), load_checkpoint(run)
+    results = play(args, run, agent)
+    other, _ = evaluate(agent, args, args.eval_episodes, EVALUATION, not args.deterministic)
+    best, last = state["best"], state.get("last_score")
+    which = "last" if best["iteration"] == state["iteration"] else f"best, of iteration {best['iteration']}"
+    validation = {"best": best["score"], "last": last} if args.validation_episodes else None
+    if validation:
+        print(f"published: the {which}; validation scores: best {best['score']:.2f}, last {last:.2f}")
+    results |= {"other_mean_reward": float(other.mean()), "other_std_reward": float(other.std()),
+                "published": which, "validation": validation, "total_timesteps": args.total_timesteps,
+                "global_step": state["global_step"], "training_seconds": state["seconds"],
+                "settings": state["settings"] | {"machine": platform.machine(), "cores": os.cpu_count()}}  # fmt: skip
+    for file in ("ppo.py", "requirements.txt"):
+        if (source := Path(__file__).with_name(file)).exists():
+            write_file(run / file, source.read_bytes())
+    for path in run.glob("events.out.tfevents.*"):  # TensorBoard puts the host's name into theirs
+        path.rename(path.with_name(re.sub(r"(tfevents\.\d+)\..*?\.(\d+\.\d+)$", r"\1.\2", path.name)))
+    write_json(run / "results.json", results)
+    write_file(run / "README.md", model_card(args, run, args.repo_id or str(run)).encode())
+
+
+# ---- Sharing: what is pushed is what was saved, loaded again and evaluated; what is downloaded is not trusted --------
+
 SIZE_LIMITS = {"hyperparameters.json": 2**16, "config.json": 2**16, "model.safetensors": 2**28}  # bytes
-PUBLISHED = (*SIZE_LIMITS, "README.md", "results.json", "replay.mp4", "ppo.py", "requirements.txt", "*.tfevents.*")
+PUBLISHED = [*SIZE_LIMITS, "README.md", "results.json", "replay.mp4", "ppo.py", "requirements.txt", "*tfevents*"]
+PLAYED = ("env_id", "env_kwargs", "seed", "hidden_sizes", "activation", "norm_obs", "logstd_init")  # what play needs
+SAFE_KWARGS = {"is_slippery", "continuous", "repeat_action_probability"}  # that strangers may pass to environments
 
 
 @contextlib.contextmanager
 def one_line(what: str, remedy: str, code: int = 2):
-    """Turn whatever the Hub's client raises, a dozen unrelated types, into one line."""
+    """Turn whatever the Hub's client raises, a dozen unrelated types, into one line that says what to do."""
     try:
         yield
     except Stop:
         raise
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
-        reason = reason.replace(str(Path.home()), "~")
-        raise Stop(f"{what} failed: {type(error).__name__}: {reason.rstrip('.')}. {remedy}", code) from None
-
-
-def download(name: str) -> Path:
-    """The policy's three files from a Hub repo, `me/name` or `me/name@revision`, all of one commit, size-checked."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-
-    repo_id, _, commit = name.partition("@")
-    with one_line(f"downloading {name}", "Is it a run's folder, or a Hub repo that this script pushed?"):
-        for file, limit in SIZE_LIMITS.items():
-            found = get_hf_file_metadata(hf_hub_url(repo_id, file, revision=commit or None))
-            if not found.size or found.size > limit:
-                raise Stop(f"refused {name}: {file} has {found.size} bytes, more than {limit}")
-            commit = found.commit_hash
-            path = hf_hub_download(repo_id, file, revision=commit)
-    return Path(path).parent
+        reason = next((line for line in str(error).splitlines() if line.strip()), "").rstrip(".")
+        reason = f"{type(error).__name__}: {reason}".replace(str(Path.home()), "~")
+        raise Stop(f"{what} failed: {reason}. {remedy}", code) from None
 
 
 def policy_folder(name: str) -> tuple[Path, bool]:
-    """Where the policy's files are, and whether a stranger made them."""
-    if Path(name).is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", name) or name.startswith("runs/"):
+    """The folder with a policy's files, and whether a stranger made it: then it comes from the Hub, at one commit."""
+    is_repo = re.fullmatch(r"(?!runs/)[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", name)
+    if Path(name).is_dir() or not is_repo:
         return Path(name), False
-    return download(name), True
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    repo_id, _, commit = name.partition("@")
+    with one_line(f"downloading {name}", "Is this a run's folder, or a repo that ppo.py pushed?"):
+        for file, limit in SIZE_LIMITS.items():
+            found = get_hf_file_metadata(hf_hub_url(repo_id, file, revision=commit or None))
+            if found.size is None or found.size > limit:
+                raise Stop(f"refused {name}: {file} has {found.size} bytes, the limit is {limit}")
+            commit = found.commit_hash
+            path = hf_hub_download(repo_id, file, revision=commit)
+    return Path(path).parent, True
 
 
 def played_args(name: str, env_id: str | None) -> Args:
-    """The saved arguments of a policy to play; of a stranger's only what its environment and its network need.
+    """The saved arguments of a policy to play; of a stranger's only those that its environment and network need.
 
-    A stranger's environment must be one that is registered already: making `module:Env-v0` would import the module."""
+    A stranger's environment must be registered already: making `module:Env-v0` would import the module."""
     folder, stranger = policy_folder(name)
     saved = load_args(folder)
     if not stranger:
         return saved
     if env_id is None:
-        if not re.fullmatch(r"([\w-]+/)?\w[\w.-]*-v\d+", saved.env_id, re.ASCII):
-            raise Stop(f"refused {name}: its environment is called {saved.env_id!r}; if you trust it, name it: --env-id")
         if saved.env_id.startswith("ALE/"):
             with contextlib.suppress(ImportError):
                 gym.register_envs(importlib.import_module("ale_py"))
-        if saved.env_id not in gym.registry:
-            raise Stop(f"refused {name}: no environment {saved.env_id!r} is registered here; name your own: --env-id")
-    if unsafe := set(saved.env_kwargs) - set(SAFE_KWARGS):
-        raise Stop(f"refused {name}: it passes {', '.join(sorted(unsafe))} to its environment")
+        plain = re.fullmatch(r"([\w-]+/)?\w[\w.-]*-v\d+", saved.env_id, re.ASCII)
+        if not plain or saved.env_id not in gym.registry:
+            raise Stop(f"refused {name}: no environment {saved.env_id!r} here; if you trust it, name it: --env-id")
+    if unsafe := sorted(set(saved.env_kwargs) - SAFE_KWARGS):
+        raise Stop(f"refused {name}: it passes {', '.join(unsafe)} to its environment, which could do harm")
     return Args(**{key: getattr(saved, key) for key in PLAYED})
 
 
 def load_agent(folder: Path, args: Args) -> Agent:
-    """The agent saved in a folder, if its files are just what an agent for this environment has; else Stop."""
-    from safetensors import SafetensorError, safe_open
+    """The agent in a folder, if its files are exactly what an agent for this environment would save; else Stop."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     envs, *_ = make_envs(args, seeds(args.seed, EVALUATION), training=False)
     config = agent_config(args, envs)
     envs.close()
     try:
         if json.loads((folder / "config.json").read_text()) != config:
-            raise ValueError(f"config.json does not describe an agent for {args.env_id}")
-        with torch.device("meta"):  # shapes without memory
+            raise ValueError(f"config.json is not that of an agent for {args.env_id} with these settings")
+        with torch.device("meta"):  # shapes, but no memory
             expected = Agent(**config).state_dict()
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            if set(file.keys()) != set(expected):
-                raise ValueError(f"unexpected tensors {sorted(set(file.keys()) ^ set(expected))[:3]}")
-            for name, tensor in expected.items():
-                if file.get_slice(name).get_shape() != list(tensor.shape):
-                    raise ValueError(f"{name} has shape {file.get_slice(name).get_shape()}, not {list(tensor.shape)}")
-            weights = {name: file.get_tensor(name) for name in expected}
-        for name, tensor in weights.items():
-            if tensor.dtype != expected[name].dtype or not tensor.isfinite().all():
-                raise ValueError(f"{name} is {tensor.dtype} or not finite")
+        weights = load_file(folder / "model.safetensors")
+        fits = [{(name, x.shape, x.dtype) for name, x in tensors.items()} for tensors in (expected, weights)]
+        if fits[0] != fits[1]:
+            raise ValueError(
+                f"model.safetensors does not fit config.json: {min(name for name, *_ in fits[0] ^ fits[1])}"
+            )
+        if wrong := [name for name, x in weights.items() if not x.isfinite().all()]:
+            raise ValueError(f"model.safetensors is not finite: {', '.join(wrong[:3])}")
     except OSError as error:
-        raise Stop(f"cannot read the agent in {folder}: {error.strerror}") from None
-    except (ValueError, SafetensorError) as error:
+        raise Stop(f"cannot read the agent in {folder}: {error.strerror or error}") from None
+    except (ValueError, SafetensorError, RecursionError) as error:
         raise Stop(f"refused the agent in {folder}: {error}") from None
-    device = choose_device(args, config)
     agent = Agent(**config)
     agent.load_state_dict(weights)
-    return agent.to(device)
+    return agent.to(choose_device(args, config))
 
 
 def check_hub(args: Args) -> str:
-    """The full name of the repo to push to, created if need be: before training, so that no hour is lost to a token."""
+    """The full name of the repo to push to, made if need be. Before training: no hour shall be lost to a token."""
     from huggingface_hub import HfApi
 
-    remedy = "Log in with `hf auth login` or set HF_TOKEN to a token with write access; or leave --repo-id out, " \
-             "train, and push later: python ppo.py --push runs/<run> --repo-id <repo>"  # fmt: skip
-    with one_line(f"access to {args.repo_id}", remedy):
+    remedy = "Log in with `hf auth login`, or set HF_TOKEN to a token with write access; or train without --repo-id"
+    with one_line(f"access to {args.repo_id}", f"{remedy} and push later: --push runs/<run> --repo-id {args.repo_id}"):
         repo_id = HfApi().create_repo(args.repo_id, private=args.private or None, exist_ok=True).repo_id
         HfApi().auth_check(repo_id, write=True)
     return repo_id
 
 
 def push(args: Args, run: Path) -> None:
-    """One commit with the card and all that it speaks of, replacing what an earlier push left."""
+    """Card, agent, scores, video, logs and code in one commit, in place of what an earlier push left."""
     from huggingface_hub import HfApi
 
-    if not (run / "results.json").exists():
-        raise Stop(f"{run} is not finished: python ppo.py --resume {run}")
-    if not args.repo_id:
-        raise Stop("--push needs --repo-id me/name")
+    if not args.repo_id or not (run / "results.json").exists():
+        raise Stop(f"{run} is not finished: --resume {run}" if args.repo_id else "--push needs --repo-id me/name")
     repo_id = check_hub(args)
     write_file(run / "README.md", model_card(args, run, repo_id).encode())
-    retry = f"The run is safe in {run}; try again: python ppo.py --push {run} --repo-id {repo_id}"
+    retry = f"The run is safe in {run}. Try again: python ppo.py --push {run} --repo-id {repo_id}"
     with one_line(f"the push to {repo_id}", retry, code=1):
-        url = HfApi().upload_folder(repo_id=repo_id, folder_path=run, commit_message=f"PPO on {args.env_id}",
-                                    allow_patterns=list(PUBLISHED), delete_patterns=["*tfevents*", "replay.mp4"])  # fmt: skip
+        url = HfApi().upload_folder(repo_id=repo_id, folder_path=run, commit_message=f"PPO plays {args.env_id}",
+                                    allow_patterns=PUBLISHED, delete_patterns=["*tfevents*", "replay.mp4"])  # fmt: skip
     print(f"pushed: {url}")
 
 
 def training_command(args: Args) -> str:
-    """The command that trains this run: every flag that differs from the preset's."""
-    base = Args(env_id=args.env_id, **preset(args.env_id)[1])
+    """The command that trains this run: the flags that differ from the preset's values."""
+    base = asdict(Args(env_id=args.env_id, **preset(args.env_id)[1])) | {"env_id": None}
     words = ["python", "ppo.py"]
     for name, value in asdict(args).items():
-        if name in MODES + ("repo_id", "private", "run_name", "track") or (name != "env_id" and value == getattr(base, name)):
+        if value == base[name] or name in (*FREE, "run_name"):
             continue
         if isinstance(value, bool):
-            words.append(flag(name) if value else flag("no_" + name))
+            words.append(flag(name if value else f"no_{name}"))
         else:
             items = [x for pair in value.items() for x in pair] if isinstance(value, dict) else value
             words += [flag(name), *map(str, items if isinstance(items, (list, tuple)) else [items])]
     return shlex.join(words)
 
 
-def model_card(args: Args, run: Path, repo_id: str | None = None) -> str:
-    """README.md of the repo: metadata that the Hub's leaderboards read, then the text for people."""
+def sparkline(run: Path, width: int = 40) -> str:
+    """The learning curve, read from the run's own logs, in characters."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    tag = "charts/episodic_return"
+    values = [event.value for event in log.Scalars(tag)] if tag in log.Tags()["scalars"] else [0.0]
+    means = np.array([part.mean() for part in np.array_split(values, min(width, len(values)))])
+    heights = 7 * (means - means.min()) / max(np.ptp(means), 1e-8)
+    return f"{means[0]:.1f} {''.join('▁▂▃▄▅▆▇█'[round(h)] for h in heights)} {means[-1]:.1f}"
+
+
+def model_card(args: Args, run: Path, source: str) -> str:
+    """README.md of the repo: metadata as the Hub's leaderboards read it, then the text for people."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    results = json.loads((run / "results.json").read_text())
-    score = "{mean_reward:.2f} +/- {std_reward:.2f}".format(**results)
-    name = "reinforcement-learning"
-    data = ModelCardData(
-        model_name=f"PPO-{args.env_id}", library_name="ppo", pipeline_tag=name,
-        tags=[args.env_id, "ppo", "deep-reinforcement-learning", name, "custom-implementation", "deep-rl-course"],
-        eval_results=[EvalResult(task_type=name, task_name=name, dataset_type=args.env_id, dataset_name=args.env_id,
-                                 metric_type="mean_reward", metric_name="mean_reward", metric_value=score)],
-    )  # fmt: skip
+    r = json.loads((run / "results.json").read_text())
+    score, other = (f"{r[k + 'mean_reward']:.2f} +/- {r[k + 'std_reward']:.2f}" for k in ("", "other_"))
+    how = ("greedy", "sampled") if r["deterministic"] else ("sampled", "greedy")
+    task = "reinforcement-learning"
+    result = EvalResult(task_type=task, task_name=task, dataset_type=args.env_id, dataset_name=args.env_id,
+                        metric_type="mean_reward", metric_name="mean_reward", metric_value=score)  # fmt: skip
+    tags = [args.env_id, "ppo", "deep-reinforcement-learning", task, "custom-implementation", "deep-rl-course"]
+    data = ModelCardData(model_name=f"PPO-{args.env_id}", library_name="ppo", pipeline_tag=task, tags=tags,
+                         eval_results=[result])  # fmt: skip
+    settings = ", ".join(f"{k} {v}" for k, v in r["settings"].items())
     rows = "\n".join(f"| `{k}` | {v} |" for k, v in asdict(args).items() if k not in FREE)
-    setting = ", ".join(f"{k} {v}" for k, v in results["settings"].items())
-    source = repo_id or run
     text = f"""
 # PPO agent playing {args.env_id}
 
-An agent trained with proximal policy optimization by `ppo.py`, one self-contained PyTorch file, which is in this repo.
+Trained with proximal policy optimization by `ppo.py`, one self-contained PyTorch script, which is in this repo.
 
 | policy | mean return | episodes |
 |---|---|---|
-| {"greedy" if results["deterministic"] else "sampled"} | **{score}** | {results["n_evaluation_episodes"]} |
-| {"sampled" if results["deterministic"] else "greedy"} | {results["other_mean_reward"]:.2f} +/- {results["other_std_reward"]:.2f} | {results["n_evaluation_episodes"]} |
+| {how[0]} | **{score}** | {r["n_evaluation_episodes"]} |
+| {how[1]} | {other} | {r["n_evaluation_episodes"]} |
 
 Each episode is the first of a fresh environment; their seeds follow from seed {args.seed} and are used nowhere else.
-Published are the weights of the {results["published"]}.
+Published: the agent of the {r["published"]} checkpoint. Its returns while it learned, over {r["global_step"]:,} steps:
 
-Returns while it learned, over {results["global_step"]:,} steps: `{sparkline(run)}`
+`{sparkline(run)}`
 
 ## Play it
 
@@ -1239,13 +1222,13 @@ from ppo import Agent
 agent = Agent.from_pretrained("{source}", strict=True)  # agent.act(obs) is the greedy action
 ```
 
-## Train it
+## Train it again
 
 ```bash
 {training_command(args)}
 ```
 
-It took {results["training_seconds"]:.0f} seconds with {setting}, {results["cores"]} cores, {results["machine"]}.
+This took {r["training_seconds"]:.0f} seconds ({settings}).
 
 | hyperparameter | value |
 |---|---|
@@ -1254,62 +1237,7 @@ It took {results["training_seconds"]:.0f} seconds with {setting}, {results["core
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"))
 
 
-def sparkline(run: Path, width: int = 40) -> str:
-    """The learning curve from the run's own logs, in characters."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    if "charts/episodic_return" not in log.Tags()["scalars"]:
-        return "(no episode ended)"
-    values = [event.value for event in log.Scalars("charts/episodic_return")]
-    means = np.array([part.mean() for part in np.array_split(values, min(width, len(values)))])
-    heights = np.interp(means, (means.min(), means.max()), (0, 7)) if np.ptp(means) else np.zeros(len(means))
-    return "".join("▁▂▃▄▅▆▇█"[int(round(h))] for h in heights) + f" {means[0]:.1f} to {means[-1]:.1f}"
-
-
-def play(args: Args, folder: Path, agent: Agent) -> dict[str, Any]:
-    """Evaluate, print the score and, if asked for, leave a video."""
-    returns, lengths = evaluate(agent, args, args.eval_episodes, EVALUATION, args.deterministic)
-    how = "greedy" if args.deterministic else "sampled"
-    print(f"{args.env_id}: {returns.mean():.2f} +/- {returns.std():.2f} over {len(returns)} {how} episodes")
-    if args.capture_video:
-        record_video(agent, args, folder / "replay.mp4")
-    return {
-        "env_id": args.env_id, "mean_reward": float(returns.mean()), "std_reward": float(returns.std()),
-        "n_evaluation_episodes": len(returns), "eval_datetime": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        "deterministic": args.deterministic, "seed": args.seed, "episode_returns": returns.tolist(),
-        "episode_lengths": lengths.tolist(),
-    }  # fmt: skip
-
-
-def finish(args: Args, run: Path) -> None:
-    """After training: evaluate the agent that was saved, and leave results, card and all that a push needs."""
-    agent, state = load_agent(run, args), load_checkpoint(run)
-    results = play(args, run, agent)
-    other, _ = evaluate(agent, args, args.eval_episodes, EVALUATION, not args.deterministic)
-    best = state["best"]
-    last = best["iteration"] == state["iteration"]
-    results |= {
-        "other_mean_reward": float(other.mean()), "other_std_reward": float(other.std()),
-        "total_timesteps": args.total_timesteps, "global_step": state["global_step"],
-        "training_seconds": state["seconds"], "settings": state["settings"], "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "published": "last checkpoint" if last else f"best checkpoint, at iteration {best['iteration']}",
-        "validation": {"best": best["score"], "last": state.get("last_score")} if args.validation_episodes else None,
-    }  # fmt: skip
-    here = Path(__file__).parent
-    for file in ("ppo.py", "requirements.txt"):
-        if (here / file).exists():
-            write_file(run / file, (here / file).read_bytes())
-    for path in run.glob("events.out.tfevents.*"):  # TensorBoard puts the host's name into theirs
-        path.rename(path.with_name(re.sub(r"(tfevents\.\d+)\..*?\.(\d+\.\d+)$", r"\1.\2", path.name)))
-    write_json(run / "results.json", results)
-    write_file(run / "README.md", model_card(args, run, args.repo_id).encode())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The program
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The program -----------------------------------------------------------------------------------------------------
 
 
 def on_signal(signum: int, _) -> None:
@@ -1318,48 +1246,55 @@ def on_signal(signum: int, _) -> None:
     raise KeyboardInterrupt(signum)
 
 
+def run_command(args: Args) -> None:
+    """What the flags ask for: play, push, or train and all that follows. Only rank 0 goes on after training."""
+    if args.evaluate:
+        folder, stranger = policy_folder(args.evaluate)
+        agent = load_agent(folder, args)
+        if stranger:  # nothing is written beside what was downloaded
+            folder = Path("runs", re.sub(r"[^\w.-]", "--", args.evaluate))
+            folder.mkdir(parents=True, exist_ok=True)
+        play(args, folder, agent)
+    elif args.push:
+        push(args, Path(args.push))
+    elif args.resume and (Path(args.resume) / "results.json").exists():
+        print(f"{args.resume} is finished already: nothing to do")
+    else:
+        main_rank = os.environ.get("RANK", "0") == "0"
+        if args.repo_id and main_rank:
+            check_hub(args)
+        run = train(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if main_rank:
+            finish(args, run)
+            if args.repo_id:
+                push(args, run)
+            print(f"run: {run}")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Do what the flags say; the exit code. 2 is for what can be known before training, 1 for what failed later."""
-    run = None
+    """The program; its exit code: 2 for what was known before training, 1 for what failed later, 128 + a signal's."""
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
+    go_on = ""
     try:
-        args = parse_args(argv)
-        if args.evaluate:
-            folder, stranger = policy_folder(args.evaluate)
-            agent = load_agent(folder, args)
-            if stranger and args.capture_video:
-                folder = Path("runs", re.sub(r"[^\w.-]", "--", args.evaluate))
-                folder.mkdir(parents=True, exist_ok=True)
-            play(args, folder, agent)
-        elif args.push:
-            push(args, Path(args.push))
-        else:
-            first_rank = os.environ.get("RANK", "0") == "0"
-            if args.repo_id and first_rank:
-                args = replace(args, repo_id=check_hub(args))
-            args = named(args)
-            run = run_folder(args)
-            train(args)
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            if first_rank:
-                finish(args, run)
-                if args.repo_id:
-                    push(args, run)
-                print(f"run: {run}")
-    except Stop as stop:
-        print(f"error: {stop}", file=sys.stderr)
-        return stop.code
+        args = named(parse_args(argv))
+        go_on = f"To go on: python ppo.py --resume {run_folder(args)}"
+        run_command(args)
+        return 0
     except KeyboardInterrupt as interrupt:
-        hint = f"; go on with: python ppo.py --resume {run}" if run and list(run.glob("checkpoint-*")) else ""
-        print(f"\nstopped{hint}", file=sys.stderr)
+        print(f"\nstopped. {go_on}", file=sys.stderr)
         return 128 + (interrupt.args or (signal.SIGINT,))[0]
+    except Stop as stop:
+        print(f"error: {stop}" + (f". {go_on}" if stop.code == 1 and not args.push else ""), file=sys.stderr)
+        return stop.code
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        print(f"error: out of memory ({error}): lower --num-envs or --num-steps", file=sys.stderr)
+        return 1
     except Exception as error:
-        if run and list(run.glob("checkpoint-*")):
-            error.add_note(f"The last checkpoint is safe; go on with: python ppo.py --resume {run}")
+        error.add_note(go_on)
         raise
-    return 0
 
 
 if __name__ == "__main__":

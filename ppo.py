@@ -595,6 +595,8 @@ def train(args: Args) -> Path:
             if iteration == args.num_iterations:
                 break
             envs, first_obs, info = make_envs(args, seeds(args.seed, TRAINING, rank, iteration, n=N))
+            if args.episodic_life and "lives" not in info:
+                raise Stop(f"--episodic-life needs info['lives'], which {args.env_id} does not give")
             obs[T], lives[T] = torch.as_tensor(first_obs), info.get("lives", 0)
             ended, (returned, length, discounted) = np.zeros(N, dtype=bool), np.zeros((3, N))
         started = time.perf_counter()
@@ -633,8 +635,8 @@ def train(args: Args) -> Path:
         # Optimise policy and value function together
         history, priming = [], iteration == 0 and (args.norm_obs or args.norm_reward)
         for epoch in range(0 if priming else args.update_epochs):  # the first rollout only fills the statistics
-            for k in range(K):
-                loss, metrics = loss_fn(agent, *(x[rows[epoch, k]] for x in batch), advantages[epoch, k], args)
+            for index, advantage in zip(rows[epoch], advantages[epoch]):  # [M] each
+                loss, metrics = loss_fn(agent, *(x[index] for x in batch), advantage, args)
                 optimizer.zero_grad()
                 loss.backward()
                 history.append(reduce_gradients(agent, metrics, weight))
@@ -645,8 +647,8 @@ def train(args: Args) -> Path:
             kl = torch.stack(history[-K:])[:, METRICS.index("approx_kl")].mean()
             if args.target_kl is not None and kl > args.target_kl:
                 break
-        so_far = accumulate(rewards, done, discounted, args.gamma)
-        agent.return_stats.update(to_torch(so_far[valid], device))
+        if args.norm_reward:
+            agent.return_stats.update(to_torch(accumulate(rewards, done, discounted, args.gamma)[valid], device))
         if args.norm_obs:
             agent.obs_stats.update(obs[:T][to_torch(valid, device)])
         state["global_step"] += transitions
@@ -654,11 +656,15 @@ def train(args: Args) -> Path:
 
         # Report
         if rank == 0:
-            losses = dict(zip(METRICS, torch.stack(history).mean(0).tolist())) if history else {}
-            losses["explained_variance"] = explained_variance(*(x[rows[0].flatten()] for x in batch[3:]))
-            episodes = accumulate(rewards, done, returned), accumulate(valid, done, length)
+            scalars = {"charts/learning_rate": lr, "charts/SPS": int(state["global_step"] / state["seconds"])}
+            scalars["losses/explained_variance"] = explained_variance(*(x[rows[0].flatten()] for x in batch[3:]))
+            if history:
+                means = torch.stack(history).mean(0).tolist()
+                scalars |= {f"losses/{name}": mean for name, mean in zip(METRICS, means)}
             steps = state["global_step"] - transitions + world * valid.sum(1).cumsum()  # [T], global step of each row
-            report(writer, bar, recent, args, state, iteration, lr, losses, done, steps, *episodes)
+            sums, lengths = accumulate(rewards, done, returned), accumulate(valid, done, length)
+            episodes = [(steps[t], sums[t, i], lengths[t, i]) for t, i in np.argwhere(done)]
+            report(args, iteration, state["global_step"], writer, bar, recent, episodes, scalars)
     if rank == 0:
         writer.close()
         bar.close()
@@ -928,21 +934,19 @@ def open_log(args: Args, run: Path, state: dict):
     return writer, bar, deque(maxlen=100)
 
 
-def report(writer, bar, recent, args: Args, state, iteration, lr, losses, done, steps, returns, lengths) -> None:
-    """One iteration: each episode at the step it ended, everything else at the last step."""
-    for t, i in np.argwhere(done):
-        writer.add_scalar("charts/episodic_return", returns[t, i], steps[t])
-        writer.add_scalar("charts/episodic_length", lengths[t, i], steps[t])
-        recent.append(returns[t, i])
-    sps = int(state["global_step"] / state["seconds"])
-    charts = {"charts/learning_rate": lr, "charts/SPS": sps} | {f"losses/{k}": v for k, v in losses.items()}
-    for name, value in charts.items():
-        writer.add_scalar(name, value, state["global_step"])
+def report(args: Args, iteration: int, global_step: int, writer, bar, recent, episodes, scalars) -> None:
+    """One iteration: its episodes at the steps they ended, [(step, return, length)], the rest at its last step."""
+    for step, episodic_return, length in episodes:
+        writer.add_scalar("charts/episodic_return", episodic_return, step)
+        writer.add_scalar("charts/episodic_length", length, step)
+        recent.append(episodic_return)
+    for name, value in scalars.items():
+        writer.add_scalar(name, value, global_step)
     mean = f"{np.mean(recent):.1f}" if recent else "none yet"
     bar.set_postfix_str(f"return {mean}", refresh=False)
-    bar.update(state["global_step"] - bar.n)
+    bar.update(global_step - bar.n)
     if bar.disable and iteration * 10 // args.num_iterations < (iteration + 1) * 10 // args.num_iterations:
-        print(f"step {state['global_step']:>11,}   return {mean:>9}   {sps:>7,} steps/s", flush=True)
+        print(f"step {global_step:>11,}   return {mean:>9}   {scalars['charts/SPS']:>7,} steps/s", flush=True)
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
@@ -1289,10 +1293,10 @@ def main(argv: list[str] | None = None) -> int:
     except Stop as stop:
         print(f"error: {stop}" + (f". {go_on}" if stop.code == 1 and not args.push else ""), file=sys.stderr)
         return stop.code
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        print(f"error: out of memory ({error}): lower --num-envs or --num-steps", file=sys.stderr)
-        return 1
     except Exception as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+            print("error: out of memory: lower --num-envs, --num-steps or --hidden-sizes", file=sys.stderr)
+            return 1
         error.add_note(go_on)
         raise
 

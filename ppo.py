@@ -142,22 +142,19 @@ class Args:
         return self.total_timesteps // self.batch_size
 
     def __post_init__(self):
-        for names, low, high in RANGES:
+        for words, low, high, names in RANGES:
             for name in names.split():
                 value = getattr(self, name)
-                if value is not None and not low <= value <= high:  # NaN fails every comparison
-                    bounds = f"from {low:g} to {high:g}" if high < sys.maxsize else f"at least {low:g}, and finite"
-                    raise ValueError(f"{flag(name)} must be {bounds}, got {value}")
-        if not all(1 <= size <= 65536 for size in self.hidden_sizes):
-            raise ValueError(f"--hidden-sizes must be from 1 to 65536 each, got {self.hidden_sizes}")
-        if not math.isfinite(self.logstd_init):
-            raise ValueError(f"--logstd-init must be finite, got {self.logstd_init}")
+                for x in value if isinstance(value, tuple) else (value,):
+                    if x is not None and not low <= x <= high:  # NaN fails every comparison
+                        raise ValueError(f"{flag(name)} must be {words}, got {x}")
         if self.run_name is not None and not re.fullmatch(r"\w[\w.=+-]*", self.run_name):
             raise ValueError(f"--run-name must be one plain folder name, got {self.run_name!r}")
         if self.norm_reward and self.clip_reward:
             raise ValueError("--norm-reward and --clip-reward exclude each other: choose one")
         if self.batch_size % self.num_minibatches:
-            near = sorted(divisors(self.batch_size), key=lambda d: abs(d - self.num_minibatches))[:4]
+            divisors = [d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0]
+            near = sorted(divisors, key=lambda d: abs(d - self.num_minibatches))[:4]
             raise ValueError(
                 f"--num-minibatches {self.num_minibatches} does not divide the batch of {self.num_steps} steps x "
                 f"{self.num_envs} envs = {self.batch_size} rows; near it: {', '.join(map(str, sorted(near)))}"
@@ -169,14 +166,16 @@ class Args:
             )
 
 
-TINY = sys.float_info.min  # "above zero"
+TINY, HUGE = sys.float_info.min, sys.float_info.max
 RANGES = (
-    ("total_timesteps num_envs num_minibatches update_epochs eval_episodes checkpoint_every", 1, sys.maxsize),
-    ("num_steps", 2, sys.maxsize),  # a rollout of one step can consist of resets alone
-    ("seed validation_episodes", 0, sys.maxsize),
-    ("learning_rate clip_coef max_grad_norm target_kl", TINY, sys.float_info.max),
-    ("ent_coef vf_coef", 0, sys.float_info.max),
-    ("gamma gae_lambda", 0, 1),
+    ("a positive number", 1, sys.maxsize, "total_timesteps num_envs num_minibatches update_epochs eval_episodes"),
+    ("a positive number", 1, 65536, "checkpoint_every hidden_sizes"),
+    ("at least 2: one step could be all resets", 2, sys.maxsize, "num_steps"),
+    ("0 or a positive number", 0, sys.maxsize, "seed validation_episodes"),
+    ("above 0 and finite", TINY, HUGE, "learning_rate clip_coef max_grad_norm target_kl"),
+    ("0 or more, and finite", 0, HUGE, "ent_coef vf_coef"),
+    ("from 0 to 1", 0, 1, "gamma gae_lambda"),
+    ("from -20 to 2", -20, 2, "logstd_init"),
 )
 
 MUJOCO = dict(total_timesteps=1_000_000, num_envs=8, num_steps=256, num_minibatches=8, update_epochs=10,
@@ -232,10 +231,6 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def divisors(n: int) -> set[int]:
-    return {d for k in range(1, math.isqrt(n) + 1) if n % k == 0 for d in (k, n // k)}
-
-
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags over saved arguments (--evaluate, --resume, --push) or over the environment's preset (training)."""
 
@@ -251,7 +246,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if len(mode) > 1:
         raise Stop(f"{' and '.join(map(flag, mode))} exclude each other: choose one")
     if first.evaluate:
-        saved = played_args(first.evaluate, first.env_id)
+        saved, mode["evaluate"] = played_args(first.evaluate, first.env_id)  # a repo is now pinned to one commit
     elif mode:
         saved = load_args(Path(*mode.values()))
     else:
@@ -260,7 +255,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv, default=defaults, prog="ppo.py")
     if first.resume:
         refuse_changes(saved, args)
-    return args
+    return replace(args, **mode)
 
 
 # ---- The world: Gymnasium's vector environments, all in NEXT_STEP mode -----------------------------------------------
@@ -1062,11 +1057,11 @@ def one_line(what: str, remedy: str, code: int = 2):
         raise Stop(f"{what} failed: {reason}. {remedy}", code) from None
 
 
-def policy_folder(name: str) -> tuple[Path, bool]:
-    """The folder with a policy's files, and whether a stranger made it: then it comes from the Hub, at one commit."""
+def policy_folder(name: str) -> tuple[Path, str | None]:
+    """The folder with a policy's files; and, if it was downloaded, the `me/name@commit` it came from, else None."""
     is_repo = re.fullmatch(r"(?!runs/)[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", name)
     if Path(name).is_dir() or not is_repo:
-        return Path(name), False
+        return Path(name), None
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     repo_id, _, commit = name.partition("@")
@@ -1077,17 +1072,17 @@ def policy_folder(name: str) -> tuple[Path, bool]:
                 raise Stop(f"refused {name}: {file} has {found.size} bytes, the limit is {limit}")
             commit = found.commit_hash
             path = hf_hub_download(repo_id, file, revision=commit)
-    return Path(path).parent, True
+    return Path(path).parent, f"{repo_id}@{commit}"
 
 
-def played_args(name: str, env_id: str | None) -> Args:
-    """The saved arguments of a policy to play; of a stranger's only those that its environment and network need.
+def played_args(name: str, env_id: str | None) -> tuple[Args, str]:
+    """The saved arguments of a policy to play and its pinned name; of a stranger's only those that playing needs.
 
     A stranger's environment must be registered already: making `module:Env-v0` would import the module."""
     folder, stranger = policy_folder(name)
     saved = load_args(folder)
-    if not stranger:
-        return saved
+    if stranger is None:
+        return saved, name
     if env_id is None:
         if saved.env_id.startswith("ALE/"):
             with contextlib.suppress(ImportError):
@@ -1097,7 +1092,7 @@ def played_args(name: str, env_id: str | None) -> Args:
             raise Stop(f"refused {name}: no environment {saved.env_id!r} here; if you trust it, name it: --env-id")
     if unsafe := sorted(set(saved.env_kwargs) - SAFE_KWARGS):
         raise Stop(f"refused {name}: it passes {', '.join(unsafe)} to its environment, which could do harm")
-    return Args(**{key: getattr(saved, key) for key in PLAYED})
+    return Args(**{key: getattr(saved, key) for key in PLAYED}), stranger
 
 
 def load_agent(folder: Path, args: Args) -> Agent:
@@ -1256,7 +1251,7 @@ def run_command(args: Args) -> None:
         folder, stranger = policy_folder(args.evaluate)
         agent = load_agent(folder, args)
         if stranger:  # nothing is written beside what was downloaded
-            folder = Path("runs", re.sub(r"[^\w.-]", "--", args.evaluate))
+            folder = Path("runs", re.sub(r"[^\w.-]", "--", stranger.partition("@")[0]))
             folder.mkdir(parents=True, exist_ok=True)
         play(args, folder, agent)
     elif args.push:

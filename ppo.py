@@ -153,7 +153,8 @@ class Args:
         if self.norm_reward and self.clip_reward:
             raise ValueError("--norm-reward and --clip-reward exclude each other: choose one")
         if self.batch_size % self.num_minibatches:
-            divisors = [d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0]
+            B = self.batch_size
+            divisors = {d for k in range(1, math.isqrt(B) + 1) if B % k == 0 for d in (k, B // k)}
             near = sorted(divisors, key=lambda d: abs(d - self.num_minibatches))[:4]
             raise ValueError(
                 f"--num-minibatches {self.num_minibatches} does not divide the batch of {self.num_steps} steps x "
@@ -168,10 +169,10 @@ class Args:
 
 TINY, HUGE = sys.float_info.min, sys.float_info.max
 RANGES = (
-    ("a positive number", 1, sys.maxsize, "total_timesteps num_envs num_minibatches update_epochs eval_episodes"),
-    ("a positive number", 1, 65536, "checkpoint_every hidden_sizes"),
-    ("at least 2: one step could be all resets", 2, sys.maxsize, "num_steps"),
-    ("0 or a positive number", 0, sys.maxsize, "seed validation_episodes"),
+    ("from 1 to 65536", 1, 2**16, "num_envs update_epochs hidden_sizes eval_episodes checkpoint_every"),
+    ("a positive number", 1, 2**62, "total_timesteps num_minibatches"),
+    ("from 2 (one step could be all resets) to 1048576", 2, 2**20, "num_steps"),
+    ("0 or a positive number", 0, 2**62, "seed validation_episodes"),
     ("above 0 and finite", TINY, HUGE, "learning_rate clip_coef max_grad_norm target_kl"),
     ("0 or more, and finite", 0, HUGE, "ent_coef vf_coef"),
     ("from 0 to 1", 0, 1, "gamma gae_lambda"),
@@ -252,10 +253,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
     else:
         saved = Args(env_id=first.env_id or Args.env_id, **preset(first.env_id or Args.env_id)[1])
     defaults = replace(saved, **mode, repo_id=None if first.evaluate else saved.repo_id)
-    args = tyro.cli(Args, args=argv, default=defaults, prog="ppo.py")
-    if first.resume:
+    # Given a filled dict as a default, tyro would take its keys for flags: it gets an empty one, and we merge the two.
+    args = tyro.cli(Args, args=argv, default=replace(defaults, env_kwargs={}), prog="ppo.py")
+    args = replace(args, **mode, env_kwargs=defaults.env_kwargs | args.env_kwargs)
+    if mode and not first.evaluate:
         refuse_changes(saved, args)
-    return replace(args, **mode)
+    return args
 
 
 # ---- The world: Gymnasium's vector environments, all in NEXT_STEP mode -----------------------------------------------
@@ -298,11 +301,16 @@ def make_envs(args: Args, seeds: list[int], training: bool = True, render: bool 
             envs = gym.make_vec(env_id, len(seeds), "vector_entry_point", **kwargs)
         else:
             envs = gym.make_vec(env_id, len(seeds), mode, {"copy": False}, **kwargs)
-    except ModuleNotFoundError as error:
-        hint = "is it on the Python path?" if error.name == module else f"pip install {error.name.replace('_', '-')}"
+    except ImportError as error:
+        package = (error.name or "").replace("_", "-")
+        hint = "is it on the Python path?" if error.name == module else f"try: pip install {package}"
         raise Stop(f"cannot make {args.env_id}: {error}; {hint}") from None
     except gym.error.Error as error:
         raise Stop(f"cannot make {args.env_id}: {error}") from None
+    except TypeError as error:
+        if not args.env_kwargs:
+            raise
+        raise Stop(f"cannot make {args.env_id} with {args.env_kwargs}: {error}") from None
 
     space = envs.single_observation_space
     if not (isinstance(space, gym.spaces.Box) and (len(space.shape) == 1 or is_image(space))):
@@ -359,7 +367,7 @@ def agent_config(args: Args, envs) -> dict[str, Any]:
     return config | {k: list(v) for k, v in (shapes | {"hidden_sizes": args.hidden_sizes}).items()} | {"nvec": nvec}
 
 
-# ---- The agent -------------------------------------------------------------------------------------------------------
+# ---- Building blocks: running statistics, layers, one vector of parameters -------------------------------------------
 
 
 class RunningMeanStd(nn.Module):
@@ -394,6 +402,22 @@ def mlp(sizes: list[int], activation: str, gain: float) -> nn.Sequential:
     act = {"tanh": nn.Tanh, "relu": nn.ReLU}[activation]
     hidden = [m for a, b in zip(sizes, sizes[1:-1]) for m in (layer_init(nn.Linear(a, b)), act())]
     return nn.Sequential(*hidden, layer_init(nn.Linear(*sizes[-2:]), gain))
+
+
+def flatten(agent: nn.Module) -> nn.Parameter:
+    """theta: one vector that all of the agent's parameters are slices of, and theta.grad one of their gradients.
+
+    Clipping, Adam and the sum over ranks are then one operation each, where a dozen small ones took twice the time."""
+    parameters = list(agent.parameters())
+    theta = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
+    theta.grad = torch.zeros_like(theta)
+    sizes = [p.numel() for p in parameters]
+    for p, value, grad in zip(parameters, theta.data.split(sizes), theta.grad.split(sizes)):
+        p.data, p.grad = value.view_as(p), grad.view_as(p)
+    return theta
+
+
+# ---- The agent -------------------------------------------------------------------------------------------------------
 
 
 class Agent(nn.Module, PyTorchModelHubMixin):
@@ -498,7 +522,7 @@ def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tenso
     After a termination there is no value to come. After a truncation there is: values[t + 1] is that of the episode's
     true last observation, which NEXT_STEP resets leave in place. Advantages never flow back from the next episode."""
     delta = rewards + gamma * values[1:] * ~terminated - values[:-1]  # PPO Eq. 12
-    decay = gamma * gae_lambda * ~done
+    decay = gamma * gae_lambda * (~done).to(values.dtype)
     advantages, last = [], torch.zeros_like(values[0])
     for d, k in zip(delta.flip(0), decay.flip(0)):  # PPO Eq. 11, backwards in time
         last = d + k * last
@@ -569,7 +593,8 @@ def train(args: Args) -> Path:
     T, N, K = args.num_steps, args.num_envs // world, args.num_minibatches
     torch.manual_seed(seeds(args.seed, WEIGHTS)[0])  # the same weights on every rank
     agent = Agent(**config).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)  # eps as in baselines
+    theta = flatten(agent)
+    optimizer = torch.optim.Adam([theta], args.learning_rate, eps=1e-5, fused=True)  # eps as in baselines
     generator = torch.Generator(device).manual_seed(seeds(args.seed, SAMPLING, rank)[0])
     run, state = open_run(args, agent, optimizer, generator)  # state: iteration, global_step, seconds, best
     writer, bar, recent = open_log(args, run, state) if rank == 0 else (None, None, None)
@@ -632,10 +657,10 @@ def train(args: Args) -> Path:
         for epoch in range(0 if priming else args.update_epochs):  # the first rollout only fills the statistics
             for index, advantage in zip(rows[epoch], advantages[epoch]):  # [M] each
                 loss, metrics = loss_fn(agent, *(x[index] for x in batch), advantage, args)
-                optimizer.zero_grad()
+                optimizer.zero_grad(set_to_none=False)
                 loss.backward()
-                history.append(reduce_gradients(agent, metrics, weight))
-                norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                history.append(reduce_gradient(theta, metrics, weight))
+                norm = nn.utils.clip_grad_norm_(theta, args.max_grad_norm)
                 if not norm.isfinite():
                     raise Stop(f"the gradient's norm is {norm} in iteration {iteration}: lower --learning-rate", code=1)
                 optimizer.step()
@@ -663,8 +688,9 @@ def train(args: Args) -> Path:
     if rank == 0:
         writer.close()
         bar.close()
-        agent.load_state_dict(state["best"]["agent"])
-        agent.save_pretrained(run)
+        published = Agent(**config)
+        published.load_state_dict(state["best"]["agent"])
+        published.save_pretrained(run)
     return run
 
 
@@ -728,14 +754,12 @@ def rank_sum(x: Tensor) -> Tensor:
     return x
 
 
-def reduce_gradients(agent: Agent, metrics: Tensor, weight: float) -> Tensor:
-    """Weighted means of gradients (in place) and metrics (returned) over the ranks, in a single message."""
+def reduce_gradient(theta: nn.Parameter, metrics: Tensor, weight: float) -> Tensor:
+    """Weighted means of theta.grad (in place) and of the metrics (returned) over the ranks, in a single message."""
     if not dist.is_initialized():
         return metrics
-    tensors = [*(p.grad for p in agent.parameters()), metrics]
-    means = rank_sum(weight * torch.cat([x.flatten() for x in tensors])).split([x.numel() for x in tensors])
-    for x, mean in zip(tensors, means):
-        x.copy_(mean.view_as(x))
+    gradient, metrics = rank_sum(weight * torch.cat([theta.grad, metrics])).tensor_split([theta.numel()])
+    theta.grad.copy_(gradient)
     return metrics
 
 
@@ -748,7 +772,6 @@ def compile_loss(args: Args, agent: Agent, device: torch.device):
     dtypes = torch.uint8 if agent.image else torch.float32, torch.int64 if agent.nvec else torch.float32
     inputs = [torch.zeros(M, *s, dtype=d, device=device) for s, d in zip((agent.obs_shape, agent.action_shape), dtypes)]
     loss_fn(agent, *inputs, *torch.zeros(4, M, device=device), args)[0].backward()
-    agent.zero_grad()
     print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
     return loss_fn
 
@@ -802,10 +825,10 @@ def conforms(value: Any, hint: Any) -> bool:
         return value in inner
     if origin is not None:  # a union
         return any(conforms(value, h) for h in inner)
-    return type(value) is hint or (hint is float and type(value) is int)
+    return type(value) is hint if hint is not float else type(value) in (int, float) and math.isfinite(value)
 
 
-def load_args(folder: Path) -> Args:
+def load_args(folder: Path, source: str | None = None) -> Args:
     """The arguments in a run's hyperparameters.json; each name, type and range is checked."""
     path, hints = folder / "hyperparameters.json", typing.get_type_hints(Args)
     try:
@@ -817,15 +840,15 @@ def load_args(folder: Path) -> Args:
     except OSError as error:
         raise Stop(f"cannot read {path}: {error.strerror}; is {folder} a run's folder?") from None
     except (ValueError, AttributeError, RecursionError) as error:
-        raise Stop(f"refused {path}: {error}") from None
+        raise Stop(f"refused hyperparameters.json of {source or folder}: {str(error):.200}") from None
 
 
 def refuse_changes(saved: Args, args: Args) -> None:
-    """A resumed run must be the run that was interrupted: Stop with the difference if it would not be."""
+    """What is resumed or pushed must be the run that it was: Stop with the difference if it would not be."""
     old, new = asdict(saved), asdict(args)
     if changed := [f"{flag(k)} {old[k]} -> {new[k]}" for k in old if old[k] != new[k] and k not in FREE]:
         free = ", ".join(flag(k) for k in FREE if k not in MODES)
-        raise Stop(f"--resume goes on with the same run, but this differs: {'; '.join(changed)}. May differ: {free}")
+        raise Stop(f"the settings of a run are part of it, but this differs: {'; '.join(changed)}. May differ: {free}")
 
 
 def default_interval(args: Args) -> int:
@@ -975,6 +998,7 @@ def record_video(agent: Agent, args: Args, path: Path) -> None:
     try:
         import imageio_ffmpeg
 
+        unfinished = path.with_name("unfinished.mp4")
         os.environ["SDL_VIDEODRIVER"] = "dummy"  # pygame draws without a display
         envs, obs, _ = make_envs(args, seeds(args.seed, VIDEO), training=False, render=True)
         fps, done, video = envs.metadata.get("render_fps", 15), False, None
@@ -984,7 +1008,7 @@ def record_video(agent: Agent, args: Args, path: Path) -> None:
             else:
                 frame = np.ascontiguousarray(envs.render()[0])
             if video is None:
-                video = imageio_ffmpeg.write_frames(str(path), frame.shape[1::-1], fps=fps, macro_block_size=2,
+                video = imageio_ffmpeg.write_frames(str(unfinished), frame.shape[1::-1], fps=fps, macro_block_size=2,
                                                     output_params=["-movflags", "+faststart"])  # fmt: skip
                 video.send(None)
             video.send(frame)
@@ -995,8 +1019,9 @@ def record_video(agent: Agent, args: Args, path: Path) -> None:
             done = bool(terminated[0] or truncated[0])
         video.close()
         envs.close()
+        os.replace(unfinished, path)
     except Exception as error:
-        print(f"warning: no video: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"warning: no video: {type(error).__name__}: {str(error).partition(chr(10))[0]:.200}", file=sys.stderr)
 
 
 def play(args: Args, folder: Path, agent: Agent) -> dict[str, Any]:
@@ -1005,7 +1030,7 @@ def play(args: Args, folder: Path, agent: Agent) -> dict[str, Any]:
     mean, std = float(returns.mean()), float(returns.std())
     how = "greedy" if args.deterministic else "sampled"
     print(f"{args.env_id}: mean_reward {mean:.2f} +/- {std:.2f} over {len(returns)} {how} episodes", flush=True)
-    if args.capture_video:
+    if args.capture_video or args.repo_id:
         record_video(agent, args, folder / "replay.mp4")
     now = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
     return {"env_id": args.env_id, "mean_reward": mean, "std_reward": std, "n_evaluation_episodes": len(returns),
@@ -1019,10 +1044,10 @@ def finish(args: Args, run: Path) -> None:
     results = play(args, run, agent)
     other, _ = evaluate(agent, args, args.eval_episodes, EVALUATION, not args.deterministic)
     best, last = state["best"], state.get("last_score")
-    which = "last" if best["iteration"] == state["iteration"] else f"best, of iteration {best['iteration']}"
+    which = "last" if best["iteration"] == state["iteration"] else f"best (iteration {best['iteration']})"
     validation = {"best": best["score"], "last": last} if args.validation_episodes else None
     if validation:
-        print(f"published: the {which}; validation scores: best {best['score']:.2f}, last {last:.2f}")
+        print(f"published: the {which} checkpoint; validation scores: best {best['score']:.2f}, last {last:.2f}")
     results |= {"other_mean_reward": float(other.mean()), "other_std_reward": float(other.std()),
                 "published": which, "validation": validation, "total_timesteps": args.total_timesteps,
                 "global_step": state["global_step"], "training_seconds": state["seconds"],
@@ -1030,16 +1055,17 @@ def finish(args: Args, run: Path) -> None:
     for file in ("ppo.py", "requirements.txt"):
         if (source := Path(__file__).with_name(file)).exists():
             write_file(run / file, source.read_bytes())
-    for path in run.glob("events.out.tfevents.*"):  # TensorBoard puts the host's name into theirs
-        path.rename(path.with_name(re.sub(r"(tfevents\.\d+)\..*?\.(\d+\.\d+)$", r"\1.\2", path.name)))
+    hide_host(run)
     write_json(run / "results.json", results)
-    write_file(run / "README.md", model_card(args, run, args.repo_id or str(run)).encode())
+    write_file(run / "README.md", model_card(args, run, args.repo_id or f"runs/{run.name}").encode())
 
 
 # ---- Sharing: what is pushed is what was saved, loaded again and evaluated; what is downloaded is not trusted --------
 
 SIZE_LIMITS = {"hyperparameters.json": 2**16, "config.json": 2**16, "model.safetensors": 2**28}  # bytes
 PUBLISHED = [*SIZE_LIMITS, "README.md", "results.json", "replay.mp4", "ppo.py", "requirements.txt", "*tfevents*"]
+LOGIN = """Log in with `hf auth login` or set HF_TOKEN to a token that may write; or train without --repo-id now, and \
+push later with --push."""
 PLAYED = ("env_id", "env_kwargs", "seed", "hidden_sizes", "activation", "norm_obs", "logstd_init")  # what play needs
 SAFE_KWARGS = {"is_slippery", "continuous", "repeat_action_probability"}  # that strangers may pass to environments
 
@@ -1065,8 +1091,8 @@ def policy_folder(name: str) -> tuple[Path, str | None]:
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     repo_id, _, commit = name.partition("@")
-    with one_line(f"downloading {name}", "Is this a run's folder, or a repo that ppo.py pushed?"):
-        for file, limit in SIZE_LIMITS.items():
+    for file, limit in SIZE_LIMITS.items():
+        with one_line(f"downloading {file} of {name}", "Is this a run's folder, or a repo that ppo.py pushed?"):
             found = get_hf_file_metadata(hf_hub_url(repo_id, file, revision=commit or None))
             if found.size is None or found.size > limit:
                 raise Stop(f"refused {name}: {file} has {found.size} bytes, the limit is {limit}")
@@ -1080,7 +1106,7 @@ def played_args(name: str, env_id: str | None) -> tuple[Args, str]:
 
     A stranger's environment must be registered already: making `module:Env-v0` would import the module."""
     folder, stranger = policy_folder(name)
-    saved = load_args(folder)
+    saved = load_args(folder, stranger)
     if stranger is None:
         return saved, name
     if env_id is None:
@@ -1095,7 +1121,7 @@ def played_args(name: str, env_id: str | None) -> tuple[Args, str]:
     return Args(**{key: getattr(saved, key) for key in PLAYED}), stranger
 
 
-def load_agent(folder: Path, args: Args) -> Agent:
+def load_agent(folder: Path, args: Args, source: str | None = None) -> Agent:
     """The agent in a folder, if its files are exactly what an agent for this environment would save; else Stop."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -1119,20 +1145,18 @@ def load_agent(folder: Path, args: Args) -> Agent:
     except OSError as error:
         raise Stop(f"cannot read the agent in {folder}: {error.strerror or error}") from None
     except (ValueError, SafetensorError, RecursionError) as error:
-        raise Stop(f"refused the agent in {folder}: {error}") from None
+        raise Stop(f"refused config.json or model.safetensors of {source or folder}: {str(error):.200}") from None
     agent = Agent(**config)
     agent.load_state_dict(weights)
     return agent.to(choose_device(args, config))
 
 
-def check_hub(args: Args) -> str:
-    """The full name of the repo to push to, made if need be. Before training: no hour shall be lost to a token."""
+def claim_repo(args: Args) -> str:
+    """The full name of the repo to push to, made if need be, once the right to write to it is certain."""
     from huggingface_hub import HfApi
 
-    remedy = "Log in with `hf auth login`, or set HF_TOKEN to a token with write access; or train without --repo-id"
-    with one_line(f"access to {args.repo_id}", f"{remedy} and push later: --push runs/<run> --repo-id {args.repo_id}"):
-        repo_id = HfApi().create_repo(args.repo_id, private=args.private or None, exist_ok=True).repo_id
-        HfApi().auth_check(repo_id, write=True)
+    repo_id = HfApi().create_repo(args.repo_id, private=args.private or None, exist_ok=True).repo_id
+    HfApi().auth_check(repo_id, write=True)  # a token that may only read gets this far if the repo exists
     return repo_id
 
 
@@ -1142,13 +1166,22 @@ def push(args: Args, run: Path) -> None:
 
     if not args.repo_id or not (run / "results.json").exists():
         raise Stop(f"{run} is not finished: --resume {run}" if args.repo_id else "--push needs --repo-id me/name")
-    repo_id = check_hub(args)
-    write_file(run / "README.md", model_card(args, run, repo_id).encode())
-    retry = f"The run is safe in {run}. Try again: python ppo.py --push {run} --repo-id {repo_id}"
-    with one_line(f"the push to {repo_id}", retry, code=1):
+    hide_host(run)
+    retry = shlex.join(["python", "ppo.py", "--push", str(run), "--repo-id", args.repo_id])
+    with one_line(
+        f"the push to {args.repo_id}", f"The run is safe in {run}. Check your login and try again: {retry}", 1
+    ):
+        repo_id = claim_repo(args)
+        write_file(run / "README.md", model_card(args, run, repo_id).encode())
         url = HfApi().upload_folder(repo_id=repo_id, folder_path=run, commit_message=f"PPO plays {args.env_id}",
                                     allow_patterns=PUBLISHED, delete_patterns=["*tfevents*", "replay.mp4"])  # fmt: skip
     print(f"pushed: {url}")
+
+
+def hide_host(run: Path) -> None:
+    """TensorBoard puts the host's name into the names of its files; what sorts them, the time, stays."""
+    for path in run.glob("events.out.tfevents.*"):
+        path.rename(path.with_name(re.sub(r"(tfevents\.\d+)\..*?\.?(\d+\.\d+)$", r"\1.\2", path.name)))
 
 
 def training_command(args: Args) -> str:
@@ -1191,26 +1224,30 @@ def model_card(args: Args, run: Path, source: str) -> str:
     tags = [args.env_id, "ppo", "deep-reinforcement-learning", task, "custom-implementation", "deep-rl-course"]
     data = ModelCardData(model_name=f"PPO-{args.env_id}", library_name="ppo", pipeline_tag=task, tags=tags,
                          eval_results=[result])  # fmt: skip
-    settings = ", ".join(f"{k} {v}" for k, v in r["settings"].items())
-    rows = "\n".join(f"| `{k}` | {v} |" for k, v in asdict(args).items() if k not in FREE)
+    machine = "{device}, {threads} threads of {cores} cores ({machine}), {ranks} ranks".format(**r["settings"])
+    versions = ", ".join(f"{k} {r['settings'][k]}" for k in ("python", "torch", "gymnasium", "numpy"))
+    rows = "\n".join(f"| `{flag(k)}` | {v} |" for k, v in asdict(args).items() if k not in FREE)
+    video = "`replay.mp4` shows one greedy episode." if (run / "replay.mp4").exists() else ""
     text = f"""
 # PPO agent playing {args.env_id}
 
-Trained with proximal policy optimization by `ppo.py`, one self-contained PyTorch script, which is in this repo.
+Trained with [proximal policy optimization](https://arxiv.org/abs/1707.06347) by `ppo.py`, one self-contained PyTorch
+script, which is in this repo. {video}
 
-| policy | mean return | episodes |
+| policy | mean return +/- std over episodes | episodes |
 |---|---|---|
 | {how[0]} | **{score}** | {r["n_evaluation_episodes"]} |
 | {how[1]} | {other} | {r["n_evaluation_episodes"]} |
 
 Each episode is the first of a fresh environment; their seeds follow from seed {args.seed} and are used nowhere else.
-Published: the agent of the {r["published"]} checkpoint. Its returns while it learned, over {r["global_step"]:,} steps:
+The agent is that of the {r["published"]} checkpoint. Mean episode return as it learned, in {r["global_step"]:,} steps:
 
 `{sparkline(run)}`
 
 ## Play it
 
 ```bash
+hf download {source} ppo.py requirements.txt --local-dir .
 pip install -r requirements.txt
 python ppo.py --evaluate {source} --capture-video
 ```
@@ -1218,7 +1255,7 @@ python ppo.py --evaluate {source} --capture-video
 ```python
 from ppo import Agent
 
-agent = Agent.from_pretrained("{source}", strict=True)  # agent.act(obs) is the greedy action
+agent = Agent.from_pretrained("{source}", strict=True)  # agent.act(obs), a tensor, is the greedy action
 ```
 
 ## Train it again
@@ -1227,11 +1264,15 @@ agent = Agent.from_pretrained("{source}", strict=True)  # agent.act(obs) is the 
 {training_command(args)}
 ```
 
-This took {r["training_seconds"]:.0f} seconds ({settings}).
+{r["training_seconds"]:.0f} seconds of training, evaluation not counted: {machine}; {versions}.
 
-| hyperparameter | value |
+<details><summary>All settings</summary>
+
+| flag | value |
 |---|---|
 {rows}
+
+</details>
 """
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"))
 
@@ -1249,8 +1290,8 @@ def run_command(args: Args) -> None:
     """What the flags ask for: play, push, or train and all that follows. Only rank 0 goes on after training."""
     if args.evaluate:
         folder, stranger = policy_folder(args.evaluate)
-        agent = load_agent(folder, args)
-        if stranger:  # nothing is written beside what was downloaded
+        agent = load_agent(folder, args, stranger)
+        if stranger and args.capture_video:  # nothing is written beside what was downloaded
             folder = Path("runs", re.sub(r"[^\w.-]", "--", stranger.partition("@")[0]))
             folder.mkdir(parents=True, exist_ok=True)
         play(args, folder, agent)
@@ -1260,8 +1301,9 @@ def run_command(args: Args) -> None:
         print(f"{args.resume} is finished already: nothing to do")
     else:
         main_rank = os.environ.get("RANK", "0") == "0"
-        if args.repo_id and main_rank:
-            check_hub(args)
+        if args.repo_id and main_rank:  # no hour of training shall be lost to a token
+            with one_line(f"access to {args.repo_id}", LOGIN):
+                claim_repo(args)
         run = train(args)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1272,28 +1314,32 @@ def run_command(args: Args) -> None:
             print(f"run: {run}")
 
 
+def how_to_go_on(args: Args | None) -> str:
+    """The command that resumes an interrupted run, where there is one."""
+    run = run_folder(args) if args else Path()
+    interrupted = args and list(run.glob("checkpoint-*.pt")) and not (run / "results.json").exists()
+    return f"To go on: {shlex.join(['python', 'ppo.py', '--resume', str(run)])}" if interrupted else ""
+
+
 def main(argv: list[str] | None = None) -> int:
     """The program; its exit code: 2 for what was known before training, 1 for what failed later, 128 + a signal's."""
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
-    go_on = ""
+    args = None
     try:
-        args = named(parse_args(argv))
-        go_on = f"To go on: python ppo.py --resume {run_folder(args)}"
-        run_command(args)
+        run_command(args := named(parse_args(argv)))
         return 0
     except KeyboardInterrupt as interrupt:
-        print(f"\nstopped. {go_on}", file=sys.stderr)
-        return 128 + (interrupt.args or (signal.SIGINT,))[0]
+        message, code = "stopped", 128 + (interrupt.args or (signal.SIGINT,))[0]
     except Stop as stop:
-        print(f"error: {stop}" + (f". {go_on}" if stop.code == 1 and not args.push else ""), file=sys.stderr)
-        return stop.code
+        message, code = f"error: {stop}", stop.code
     except Exception as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
-            print("error: out of memory: lower --num-envs, --num-steps or --hidden-sizes", file=sys.stderr)
-            return 1
-        error.add_note(go_on)
-        raise
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
+            error.add_note(how_to_go_on(args))
+            raise
+        message, code = "error: out of memory: lower --num-envs, --num-steps or --hidden-sizes", 1
+    print("\n".join(filter(None, (message, how_to_go_on(args)))), file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ import time
 import traceback
 import typing
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -464,7 +465,9 @@ class Agent(nn.Module, PyTorchModelHubMixin):
     def choose(self, out: Tensor, noise: Tensor | float) -> Tensor:  # [..., outputs] -> [..., *action_shape]
         if self.nvec is None:
             action = out + self.logstd.exp() * noise
-        else:  # the Gumbel-max trick
+        elif len(self.nvec) == 1:  # the Gumbel-max trick
+            action = (out + noise).argmax(-1)
+        else:
             action = torch.stack([logits.argmax(-1) for logits in (out + noise).split(self.nvec, -1)], -1)
         return action.view(*out.shape[:-1], *self.action_shape)
 
@@ -475,7 +478,7 @@ class Agent(nn.Module, PyTorchModelHubMixin):
     def get_value(self, obs: Tensor) -> Tensor:  # [...]
         return self.critic(self.encode(obs)).squeeze(-1)
 
-    def get_action_and_value(self, obs: Tensor, action: Tensor | None = None):
+    def forward(self, obs: Tensor, action: Tensor | None = None):
         """Action [..., *action_shape], sampled if not given; its log-probability, the entropy and the value, [...]."""
         features = self.encode(obs)
         out, value = self.actor(features), self.critic(features).squeeze(-1)
@@ -484,6 +487,8 @@ class Agent(nn.Module, PyTorchModelHubMixin):
         flat = action.reshape(*out.shape[:-1], -1)
         logprob, entropy = gaussian(out, self.logstd, flat) if self.nvec is None else categorical(out, self.nvec, flat)
         return action, logprob, entropy, value
+
+    get_action_and_value = forward
 
 
 # ---- The mathematics of PPO: tensors in, tensors out -----------------------------------------------------------------
@@ -563,9 +568,9 @@ def value_loss(new_values: Tensor, old_values: Tensor, returns: Tensor, clip_coe
 METRICS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
 
 
-def ppo_loss(agent: Agent, obs, actions, logprobs, values, returns, advantages, args: Args) -> tuple[Tensor, Tensor]:
+def ppo_loss(agent: Callable, obs, actions, logprobs, values, returns, advantages, args: Args) -> tuple[Tensor, Tensor]:
     """The whole objective of a minibatch, PPO Eq. 9, negated; and its METRICS, for the logs."""
-    _, new_logprobs, entropy, new_values = agent.get_action_and_value(obs, actions)
+    _, new_logprobs, entropy, new_values = agent(obs, actions)
     logratio = new_logprobs - logprobs
     pg_loss = policy_loss(logratio, advantages, args.clip_coef)
     v_loss = value_loss(new_values, values, returns, args.clip_coef if args.clip_vloss else None)
@@ -574,6 +579,14 @@ def ppo_loss(agent: Agent, obs, actions, logprobs, values, returns, advantages, 
         ratio = logratio.exp()
         kl, clipfrac = (ratio - 1 - logratio).mean(), ((ratio - 1).abs() > args.clip_coef).float().mean()
         return loss, torch.stack([pg_loss, v_loss, entropy.mean(), -logratio.mean(), kl, clipfrac])
+
+
+def compute_gradient(agent: Agent, theta: nn.Parameter, minibatch: list[Tensor], args: Args) -> Tensor:
+    """Leave the gradient of the loss in theta.grad; returns the METRICS."""
+    loss, metrics = ppo_loss(agent, *minibatch, args)
+    theta.grad.zero_()
+    loss.backward()
+    return metrics
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
@@ -596,9 +609,9 @@ def train(args: Args) -> Path:
     theta = flatten(agent)
     optimizer = torch.optim.Adam([theta], args.learning_rate, eps=1e-5, fused=True)  # eps as in baselines
     generator = torch.Generator(device).manual_seed(seeds(args.seed, SAMPLING, rank)[0])
+    gradient_fn = compile_gradient(args, agent, theta) if args.compile else compute_gradient
     run, state = open_run(args, agent, optimizer, generator)  # state: iteration, global_step, seconds, best
     writer, bar, recent = open_log(args, run, state) if rank == 0 else (None, None, None)
-    loss_fn = compile_loss(args, agent, device) if args.compile else ppo_loss
     every = args.checkpoint_every or default_interval(args)
 
     obs = torch.zeros(T + 1, N, *agent.obs_shape, dtype=torch.uint8 if agent.image else None, device=device)
@@ -656,9 +669,7 @@ def train(args: Args) -> Path:
         history, priming = [], iteration == 0 and (args.norm_obs or args.norm_reward)
         for epoch in range(0 if priming else args.update_epochs):  # the first rollout only fills the statistics
             for index, advantage in zip(rows[epoch], advantages[epoch]):  # [M] each
-                loss, metrics = loss_fn(agent, *(x[index] for x in batch), advantage, args)
-                optimizer.zero_grad(set_to_none=False)
-                loss.backward()
+                metrics = gradient_fn(agent, theta, [*(x[index] for x in batch), advantage], args)
                 history.append(reduce_gradient(theta, metrics, weight))
                 norm = nn.utils.clip_grad_norm_(theta, args.max_grad_norm)
                 if not norm.isfinite():
@@ -763,17 +774,33 @@ def reduce_gradient(theta: nn.Parameter, metrics: Tensor, weight: float) -> Tens
     return metrics
 
 
-def compile_loss(args: Args, agent: Agent, device: torch.device):
-    """ppo_loss as one graph, forward and backward; compiled here, on zeros, so that training time excludes it."""
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        raise Stop("--compile needs a C++ compiler on the PATH: install g++ or clang++, or leave --compile out")
-    loss_fn, started = torch.compile(ppo_loss, fullgraph=True, dynamic=False), time.perf_counter()
-    M = args.batch_size // args.num_minibatches // int(os.environ.get("WORLD_SIZE", 1))
-    dtypes = torch.uint8 if agent.image else torch.float32, torch.int64 if agent.nvec else torch.float32
-    inputs = [torch.zeros(M, *s, dtype=d, device=device) for s, d in zip((agent.obs_shape, agent.action_shape), dtypes)]
-    loss_fn(agent, *inputs, *torch.zeros(4, M, device=device), args)[0].backward()
+def compile_gradient(args: Args, agent: Agent, theta: nn.Parameter) -> Callable:
+    """compute_gradient as a single graph, without autograd at run time. Compiled at once, on zeros, and timed apart."""
+    if theta.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise Stop("--compile needs a C++ compiler, and g++ is not on the PATH: install it, or leave --compile out")
+    names, parameters = zip(*agent.named_parameters())
+    sizes, shapes = [p.numel() for p in parameters], [p.shape for p in parameters]
+
+    def loss(vector: Tensor, minibatch: list[Tensor]) -> tuple[Tensor, Tensor]:
+        weights = {name: x.view(shape) for name, x, shape in zip(names, vector.split(sizes), shapes)}
+        return ppo_loss(lambda *inputs: torch.func.functional_call(agent, weights, inputs), *minibatch, args)
+
+    graph = torch.compile(torch.func.grad(loss, has_aux=True), fullgraph=True, dynamic=False)
+
+    def compiled(agent: Agent, theta: nn.Parameter, minibatch: list[Tensor], args: Args) -> Tensor:
+        gradient, metrics = graph(theta.detach(), minibatch)
+        theta.grad.copy_(gradient)
+        return metrics
+
+    M, started = args.batch_size // args.num_minibatches // int(os.environ.get("WORLD_SIZE", 1)), time.perf_counter()
+    kinds = (
+        (agent.obs_shape, torch.uint8 if agent.image else None),
+        (agent.action_shape, torch.int64 if agent.nvec else None),
+    )
+    rows = [torch.zeros(M, *shape, dtype=dtype, device=theta.device) for shape, dtype in kinds]
+    compiled(agent, theta, [*rows, *torch.zeros(4, M, device=theta.device)], args)
     print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
-    return loss_fn
+    return compiled
 
 
 # ---- The run's folder: settings, checkpoints, logs -------------------------------------------------------------------
@@ -839,7 +866,7 @@ def load_args(folder: Path, source: str | None = None) -> Args:
         return Args(**{name: tuple(value) if type(value) is list else value for name, value in data.items()})
     except OSError as error:
         raise Stop(f"cannot read {path}: {error.strerror}; is {folder} a run's folder?") from None
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, ArithmeticError, AttributeError, RecursionError) as error:
         raise Stop(f"refused hyperparameters.json of {source or folder}: {str(error):.200}") from None
 
 

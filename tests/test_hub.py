@@ -287,7 +287,7 @@ def test_the_cards_text_says_what_was_measured_and_where(card, results, world):
         ppo.training_command(args),
         "python ppo.py --evaluate tester/cartpole",
         'Agent.from_pretrained("tester/cartpole", strict=True)',
-        f"| `learning_rate` | {args.learning_rate} |",
+        f"| `--learning-rate` | {args.learning_rate} |",
     ):  # fmt: skip
         assert words in card.text
 
@@ -552,7 +552,7 @@ def test_a_module_is_imported_only_if_the_user_names_it(client, stranger, settin
     ({"logstd_init": float("nan")}, "logstd_init"),
     ({"gamma": float("inf")}, "gamma"),
     ({"learning_rate": 10**400}, "learning"),
-    ({"num_envs": 2**62, "num_minibatches": 3}, "--num-minibatches"),
+    ({"num_envs": 2**62, "num_minibatches": 3}, "--num-envs"),
 ], ids=lambda value: json.dumps(value)[1:40] if isinstance(value, dict) else None)  # fmt: skip
 def test_strange_settings_are_refused(client, stranger, settings, changes, why):
     repo_id = stranger(hyperparameters__json=settings(changes))

@@ -1,0 +1,228 @@
+"""Several processes under torchrun: they train one agent, decide together, and end together."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
+from multiprocessing import get_context
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import QUICK, ROOT, scalars
+
+import ppo
+
+ONE_UPDATE = {"num_envs": 4, "num_steps": 32, "num_minibatches": 1, "update_epochs": 1, "total_timesteps": 128}
+PENDULUM = ppo.Args(env_id="Pendulum-v1", validation_episodes=0, **ONE_UPDATE)  # no episode ends in it
+CARTPOLE = ppo.Args(total_timesteps=1024, num_steps=64, validation_episodes=0, learning_rate=1e-2)
+
+
+def join(rank, store):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=30), 2, rank)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Two waiting processes, ranks 0 and 1 of one group: ranks(function, *args) -> the results of both."""
+    store, spawn = tmp_path_factory.mktemp("ranks") / "store", get_context("spawn")
+    pools = [ProcessPoolExecutor(1, spawn, join, (rank, store)) for rank in range(2)]
+    yield lambda *call: [future.result() for future in [pool.submit(*call) for pool in pools]]
+    for pool in pools:
+        pool.shutdown()
+
+
+def torchrun(*argv, **env):
+    """ppo.py on two ranks, as a user starts it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "ppo.py", *argv]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ".", **env}
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=env)
+
+
+def this_rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def train(args):
+    """Run ppo.train; the weights and statistics that this process ended with, and its number of gradient steps."""
+    with (
+        patch.object(ppo, "save_checkpoint", wraps=ppo.save_checkpoint) as save,
+        patch.object(ppo, "reduce_gradients", wraps=ppo.reduce_gradients) as step,
+    ):
+        ppo.train(args)
+    return {k: v.clone() for k, v in save.call_args.args[3].state_dict().items()}, step.call_count
+
+
+def train_on_shared_worlds(args):
+    """Like `train`, but each rank takes its part of the same environments and the same noise, however many ranks."""
+    seeds, noise = ppo.seeds, torch.randn(args.num_steps, args.num_envs, 1, generator=torch.Generator().manual_seed(1))
+
+    def shared_seeds(seed, *stream, n=1):
+        return seeds(seed, *stream, n=n) if n == 1 else list(range(10 + this_rank() * n, 10 + (this_rank() + 1) * n))
+
+    def shared_noise(agent, T, N, generator):
+        return noise[:, this_rank() * N : (this_rank() + 1) * N]
+
+    with patch.object(ppo, "seeds", shared_seeds), patch.object(ppo.Agent, "sample_noise", shared_noise):
+        return train(args)[0]
+
+
+def test_both_ranks_end_with_the_same_weights_and_statistics(ranks):
+    args = replace(CARTPOLE, run_name="same", norm_obs=True, norm_reward=True)
+    (first, _), (second, _) = ranks(train, args)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("settings", [{}, {"norm_obs": True, "norm_reward": True, "total_timesteps": 256}])
+def test_two_ranks_learn_from_a_rollout_what_one_learns(ranks, settings):
+    one = train_on_shared_worlds(replace(PENDULUM, run_name="one", **settings))
+    two, _ = ranks(train_on_shared_worlds, replace(PENDULUM, run_name=f"two-{len(settings)}", **settings))
+    assert one["actor.0.bias"].all()  # it started at zero
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-6, atol=1e-6)
+
+
+def sample_batch(n=40):
+    """A small agent and n rows: observations, actions, old log-probabilities, old values, returns, advantages."""
+    torch.manual_seed(1)
+    agent = ppo.Agent([4], [], [2], [64, 64])
+    return agent, (torch.randn(n, 4), torch.randint(2, (n,)), -torch.rand(n), *torch.randn(3, n))
+
+
+def gradient_of(rows, weight):
+    agent, batch = sample_batch()
+    loss, metrics = ppo.ppo_loss(agent, *(x[rows] for x in batch), ppo.Args())
+    loss.backward()
+    metrics = ppo.reduce_gradients(agent, metrics.detach(), weight)
+    return torch.cat([p.grad.flatten() for p in agent.parameters()]), metrics
+
+
+def gradient_of_unequal_parts():
+    return gradient_of(slice(0, 30), 0.75) if this_rank() == 0 else gradient_of(slice(30, 40), 0.25)
+
+
+def test_ranks_with_more_rows_count_for_more(ranks):
+    both = ranks(gradient_of_unequal_parts)
+    union = gradient_of(slice(0, 40), 1.0)
+    for part in both:
+        for mean, expected in zip(part, union):
+            torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-6)
+
+
+def standardize_unequal_parts():
+    x = torch.arange(40.0) ** 2
+    return ppo.standardize(x[:30], 0.75) if this_rank() == 0 else ppo.standardize(x[30:], 0.25)
+
+
+def test_advantages_are_standardised_over_all_ranks(ranks):
+    torch.testing.assert_close(torch.cat(ranks(standardize_unequal_parts)), ppo.standardize(torch.arange(40.0) ** 2))
+
+
+def statistics(*batches):
+    stats = ppo.RunningMeanStd((3,))
+    for batch in batches:
+        stats.update(batch)
+    return torch.stack([stats.count, stats.mean, stats.var])
+
+
+def statistics_of_unequal_parts():
+    x = sample_batch(60)[1][0][:, :3]
+    return statistics(x[:10], x[20:25]) if this_rank() == 0 else statistics(x[10:20], x[25:])
+
+
+def test_running_statistics_are_those_of_all_ranks(ranks):
+    x = sample_batch(60)[1][0][:, :3]
+    for part in ranks(statistics_of_unequal_parts):
+        torch.testing.assert_close(part, statistics(x), rtol=1e-9, atol=1e-9)
+
+
+def test_all_ranks_stop_an_iteration_at_the_same_epoch(ranks):
+    args = replace(CARTPOLE, run_name="kl", update_epochs=10, total_timesteps=2048, target_kl=0.01)
+    (_, first), (_, second) = ranks(train, args)
+    assert first == second
+    assert args.num_iterations * args.num_minibatches < first < args.num_iterations * args.num_minibatches * 10
+
+
+def resumed(args):
+    return train(replace(args, resume=f"runs/{args.run_name}"))
+
+
+def test_two_ranks_resume_bit_for_bit(ranks):
+    args = replace(CARTPOLE, run_name="resumed", checkpoint_every=2)
+    straight = ranks(train, args)
+    run, *_ = ranks(Path.absolute, Path("runs", args.run_name))
+    last = ppo.load_checkpoint(run)
+    (run / f"checkpoint-{args.num_iterations:08d}.pt").unlink()  # as if killed after the one before
+    again = ranks(resumed, args)
+    for (weights, _), (expected, _) in zip(again, straight):
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert all(map(torch.equal, ppo.load_checkpoint(run)["generators"], last["generators"]))
+    assert not torch.equal(*last["generators"])
+
+
+def test_torchrun_leaves_one_run_with_one_log_and_one_score():
+    done = torchrun(*QUICK, "--run-name", "two")
+    assert done.returncode == 0, done.stderr
+    run = Path("runs/two")
+    assert os.listdir("runs") == ["two"] and len(list(run.glob("events.*"))) == 1
+    assert done.stdout.count("greedy episodes") == 1 and done.stdout.count("run: runs/two\n") == 1
+    assert ppo.load_checkpoint(run)["settings"]["ranks"] == 2
+    logged = scalars(run)["losses/policy_loss"]
+    assert [step for step, _ in logged] == sorted({step for step, _ in logged}) and len(logged) == 4
+    assert 2048 - 4 * 100 < logged[-1][0] <= 2048  # the steps of both ranks, less their resets
+
+
+def test_environments_that_ranks_cannot_share_are_refused_in_one_line(main, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = main(*QUICK, "--num-envs", "3")
+    assert code == 2 and not Path("runs").exists()
+    assert err.count("\n") == 1 and "--num-envs 3" in err and "2 ranks" in err
+
+
+MORTAL = """
+import os, signal
+import gymnasium as gym
+from gymnasium.envs.classic_control import CartPoleEnv
+
+class Mortal(CartPoleEnv):
+    age = 0
+
+    def step(self, action):
+        Mortal.age += 1
+        if Mortal.age == 700 and os.environ["RANK"] == "1":  # in the third of four iterations
+            if os.environ.get("FATE") == "raise":
+                raise RuntimeError("out of order")
+            if os.environ.get("FATE") == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
+
+gym.register("Mortal-v0", Mortal, max_episode_steps=100)
+"""
+
+
+def test_an_environment_that_fails_on_one_rank_ends_all():
+    Path("mortal.py").write_text(MORTAL)
+    done = torchrun("--env-id", "mortal:Mortal-v0", *QUICK, "--run-name", "two", FATE="raise")
+    cause = done.stderr.partition("Root Cause")[2]
+    assert done.returncode != 0
+    assert "RuntimeError: out of order" in done.stderr and "rank      : 1" in cause and "exitcode  : 1" in cause
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_all_and_the_run_resumes_bit_for_bit():
+    Path("mortal.py").write_text(MORTAL)
+    mortal = ["--env-id", "mortal:Mortal-v0", *QUICK, "--checkpoint-every", "2"]
+    done = torchrun(*mortal, "--run-name", "killed", FATE="kill")
+    cause = done.stderr.partition("Root Cause")[2]
+    assert done.returncode != 0 and not Path("runs/killed/results.json").exists()
+    assert "rank      : 1" in cause and "SIGKILL" in cause
+    assert torchrun("--resume", "runs/killed").returncode == 0
+    assert torchrun(*mortal, "--run-name", "straight").returncode == 0
+    weights = [Path(f"runs/{name}/model.safetensors").read_bytes() for name in ("killed", "straight")]
+    assert weights[0] == weights[1]

@@ -68,6 +68,7 @@ import torch.distributed as dist
 import tyro
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 
 class Stop(Exception):
@@ -408,7 +409,7 @@ def mlp(sizes: list[int], activation: str, gain: float) -> nn.Sequential:
 def flatten(agent: nn.Module) -> nn.Parameter:
     """theta: one vector that all of the agent's parameters are slices of, and theta.grad one of their gradients.
 
-    Clipping, Adam and the sum over ranks are then one operation each, where a dozen small ones took twice the time."""
+    Clipping, Adam and the sum over ranks then are a few operations on it, not a few dozen on its parts."""
     parameters = list(agent.parameters())
     theta = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
     theta.grad = torch.zeros_like(theta)
@@ -416,6 +417,13 @@ def flatten(agent: nn.Module) -> nn.Parameter:
     for p, value, grad in zip(parameters, theta.data.split(sizes), theta.grad.split(sizes)):
         p.data, p.grad = value.view_as(p), grad.view_as(p)
     return theta
+
+
+def adam_step(theta: nn.Parameter, moments: dict[str, Tensor], lr: float) -> None:
+    """One step of Adam (Kingma & Ba 2015), in place. torch's class would first import its compiler, for seconds."""
+    mean, square, step = moments.values()
+    adam([theta.data], [theta.grad], [mean], [square], [], [step], fused=True, lr=lr, beta1=0.9, beta2=0.999, eps=1e-5,
+         weight_decay=0.0, amsgrad=False, maximize=False)  # fmt: skip  # eps as in OpenAI's baselines
 
 
 # ---- The agent -------------------------------------------------------------------------------------------------------
@@ -607,10 +615,10 @@ def train(args: Args) -> Path:
     torch.manual_seed(seeds(args.seed, WEIGHTS)[0])  # the same weights on every rank
     agent = Agent(**config).to(device)
     theta = flatten(agent)
-    optimizer = torch.optim.Adam([theta], args.learning_rate, eps=1e-5, fused=True)  # eps as in baselines
+    moments = {"mean": torch.zeros_like(theta), "square": torch.zeros_like(theta), "step": torch.zeros_like(theta[0])}
     generator = torch.Generator(device).manual_seed(seeds(args.seed, SAMPLING, rank)[0])
     gradient_fn = compile_gradient(args, agent, theta) if args.compile else compute_gradient
-    run, state = open_run(args, agent, optimizer, generator)  # state: iteration, global_step, seconds, best
+    run, state = open_run(args, agent, moments, generator)  # state: iteration, global_step, seconds, best
     writer, bar, recent = open_log(args, run, state) if rank == 0 else (None, None, None)
     every = args.checkpoint_every or default_interval(args)
 
@@ -623,7 +631,7 @@ def train(args: Args) -> Path:
             # Environments cannot be saved, but they can be made anew. So every run does that at every checkpoint, and
             # a resumed run follows the very path of one that was never interrupted. The cut counts as a truncation.
             state["iteration"] = iteration
-            save_checkpoint(args, run, state, agent, optimizer, generator, writer)
+            save_checkpoint(args, run, state, agent, moments, generator, writer)
             envs.close()
             if iteration == args.num_iterations:
                 break
@@ -634,7 +642,6 @@ def train(args: Args) -> Path:
             ended, (returned, length, discounted) = np.zeros(N, dtype=bool), np.zeros((3, N))
         started = time.perf_counter()
         lr = args.learning_rate * (1 - iteration / args.num_iterations if args.anneal_lr else 1)
-        optimizer.param_groups[0]["lr"] = lr
 
         # Collect. The policy stands still meanwhile, so only the actor is needed, and its noise can be drawn ahead.
         obs[0], lives[0] = obs[T], lives[T]
@@ -671,10 +678,11 @@ def train(args: Args) -> Path:
             for index, advantage in zip(rows[epoch], advantages[epoch]):  # [M] each
                 metrics = gradient_fn(agent, theta, [*(x[index] for x in batch), advantage], args)
                 history.append(reduce_gradient(theta, metrics, weight))
-                norm = nn.utils.clip_grad_norm_(theta, args.max_grad_norm)
+                norm = theta.grad.norm()
                 if not norm.isfinite():
                     raise Stop(f"the gradient's norm is {norm} in iteration {iteration}: lower --learning-rate", code=1)
-                optimizer.step()
+                theta.grad *= (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+                adam_step(theta, moments, lr)
             kl = torch.stack(history[-K:])[:, METRICS.index("approx_kl")].mean()
             if args.target_kl is not None and kl > args.target_kl:
                 break
@@ -884,7 +892,7 @@ def default_interval(args: Args) -> int:
     return max(args.num_iterations // 10, math.ceil(5 * limit / args.num_steps), 1)
 
 
-def open_run(args: Args, agent: Agent, optimizer, generator: torch.Generator) -> tuple[Path, dict[str, Any]]:
+def open_run(args: Args, agent: Agent, moments: dict, generator: torch.Generator) -> tuple[Path, dict[str, Any]]:
     """The run's folder and the state to start from: a new one, or with --resume the checkpoint's, put in place."""
     run, device = run_folder(args), generator.device.type
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -904,7 +912,8 @@ def open_run(args: Args, agent: Agent, optimizer, generator: torch.Generator) ->
         state = shared[0]
     if "agent" in state:
         agent.load_state_dict(state["agent"])
-        optimizer.load_state_dict(state["optimizer"])
+        for name, value in state["moments"].items():
+            moments[name].copy_(value)
         generator.set_state(state["generators"][rank])
     if rank == 0:
         print(f"run: {run}   preset: {preset(args.env_id)[0] or 'none'}   device: {device}", flush=True)
@@ -914,7 +923,7 @@ def open_run(args: Args, agent: Agent, optimizer, generator: torch.Generator) ->
     return run, state | {"settings": here}
 
 
-def save_checkpoint(args: Args, run: Path, state: dict, agent: Agent, optimizer, generator, writer) -> None:
+def save_checkpoint(args: Args, run: Path, state: dict, agent: Agent, moments: dict, generator, writer) -> None:
     """Validate, remember the best agent so far in `state`, and write all that the run needs to go on from here."""
     generators = [generator.get_state()]
     if dist.is_initialized():
@@ -928,7 +937,7 @@ def save_checkpoint(args: Args, run: Path, state: dict, agent: Agent, optimizer,
         best = {"score": state.get("last_score", -math.inf), "iteration": state["iteration"], "agent": weights}
         state["best"] = best
     writer.flush()  # a resumed run purges what was logged after its checkpoint and relies on what was logged before
-    saved = {"version": VERSION, "agent": weights, "optimizer": optimizer.state_dict(), "generators": generators}
+    saved = {"version": VERSION, "agent": weights, "moments": moments, "generators": generators}
     torch.save(state | saved, buffer := io.BytesIO())
     data = buffer.getvalue()
     write_file(run / f"checkpoint-{state['iteration']:08d}.pt", data + hashlib.sha256(data).digest())

@@ -477,7 +477,7 @@ class Agent(nn.Module, PyTorchModelHubMixin):
             action = (out + noise).argmax(-1)
         else:
             action = torch.stack([logits.argmax(-1) for logits in (out + noise).split(self.nvec, -1)], -1)
-        return action.view(*out.shape[:-1], *self.action_shape)
+        return action.view((*out.shape[:-1], *self.action_shape))
 
     def act(self, obs: Tensor, noise: Tensor | float = 0.0) -> Tensor:
         """The action that this noise selects, [..., *action_shape]; without noise the mode: the greedy action."""
@@ -966,10 +966,8 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
 def open_log(args: Args, run: Path, state: dict):
     """TensorBoard writer, progress bar, and the returns of the last 100 episodes."""
     if args.track:
-        try:
-            import wandb
-        except ImportError:
-            raise Stop("--track needs Weights & Biases: pip install wandb") from None
+        import wandb
+
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, id=run.name, dir=run,
                    resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)  # fmt: skip
     from torch.utils.tensorboard import SummaryWriter
@@ -1337,6 +1335,11 @@ def run_command(args: Args) -> None:
         print(f"{args.resume} is finished already: nothing to do")
     else:
         main_rank = os.environ.get("RANK", "0") == "0"
+        if args.track:
+            try:
+                importlib.import_module("wandb")
+            except ImportError:
+                raise Stop("--track needs Weights & Biases: pip install wandb") from None
         if args.repo_id and main_rank:  # no hour of training shall be lost to a token
             with one_line(f"access to {args.repo_id}", LOGIN):
                 claim_repo(args)
@@ -1374,7 +1377,8 @@ def main(argv: list[str] | None = None) -> int:
             error.add_note(how_to_go_on(args))
             raise
         message, code = "error: out of memory: lower --num-envs, --num-steps or --hidden-sizes", 1
-    print("\n".join(filter(None, (message, how_to_go_on(args)))), file=sys.stderr)
+    if code != 2 or os.environ.get("RANK", "0") == "0":  # what every rank knows beforehand, one says
+        print("\n".join(filter(None, (message, how_to_go_on(args)))), file=sys.stderr)
     return code
 
 

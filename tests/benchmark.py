@@ -133,18 +133,17 @@ def floors(args):
     ppo.choose_device(args, config)  # sets the number of threads
     choices, M = cycle([envs.action_space.sample() for _ in range(100)]), args.batch_size // args.num_minibatches
     agent = ppo.Agent(**config)
-    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
+    theta = ppo.flatten(agent)
+    moments = {"mean": torch.zeros_like(theta), "square": torch.zeros_like(theta), "step": torch.zeros_like(theta[0])}
     data = torch.as_tensor(obs)[torch.arange(M) % len(obs)]
     with torch.no_grad():
         actions, logprobs, _, values = agent.get_action_and_value(data)
-    returns, advantages = values + torch.randn_like(values), torch.randn_like(values)
+    minibatch = [data, actions, logprobs, values, values + torch.randn_like(values), torch.randn_like(values)]
 
-    def step(loss_fn):
-        loss, _ = loss_fn(agent, data, actions, logprobs, values, returns, advantages, args)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-        optimizer.step()
+    def step(gradient_fn):
+        gradient_fn(agent, theta, minibatch, args)
+        theta.grad *= (args.max_grad_norm / (theta.grad.norm() + 1e-6)).clamp(max=1)
+        ppo.adam_step(theta, moments, args.learning_rate)
 
     def seconds(work):
         """Median of at least five times, over about two seconds, after a first call that warms up."""
@@ -157,8 +156,8 @@ def floors(args):
             times.append((time.perf_counter() - started) / 20)
         return statistics.median(times)
 
-    compiled = torch.compile(ppo.ppo_loss, fullgraph=True, dynamic=False)
-    updates = [seconds(partial(step, loss_fn)) * args.update_epochs / M for loss_fn in (ppo.ppo_loss, compiled)]
+    compiled = ppo.compile_gradient(args, agent, theta)
+    updates = [seconds(partial(step, loss_fn)) * args.update_epochs / M for loss_fn in (ppo.compute_gradient, compiled)]
     return seconds(lambda: envs.step(next(choices))) / args.num_envs, *updates
 
 

@@ -1,0 +1,288 @@
+"""The command line: defaults that fit the environment, flags that win, and one clear message for every bad input."""
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command
+
+import ppo
+
+SHORT = ["--num-envs", "2", "--num-steps", "16", "--num-minibatches", "2", "--total-timesteps", "64",
+         "--eval-episodes", "1", "--validation-episodes", "1"]  # fmt: skip
+
+
+@pytest.fixture
+def refused(main, tmp_path):
+    """Call main with bad input: refused("--gamma", "2") -> its message on one line, without tyro's frame.
+
+    Refused means exit code 2, a single message, and nothing written."""
+
+    def call(*argv):
+        before = set(tmp_path.rglob("*"))
+        code, out, err = main(*SHORT, *argv)
+        assert (code, out) == (2, ""), err
+        assert "Traceback" not in err
+        assert err.count("\n") == 1 if err.startswith("error: ") else err.count("For full helptext") == 1
+        assert set(tmp_path.rglob("*")) == before
+        return " ".join(re.sub("[╭╮╰╯│─]|-{3,}", " ", err).split())
+
+    return call
+
+
+# Defaults, presets and flags
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "LunarLander-v3", "HalfCheetah-v5", "ALE/Pong-v5", "Taxi-v4"])
+def test_help_shows_the_defaults_of_the_environment(env_id, main):
+    code, out, _ = main("--env-id", env_id, "--help")
+    args = ppo.Args(env_id=env_id, **ppo.preset(env_id)[1])
+    assert code == 0
+    for name in ("env_id", "learning_rate", "num_envs", "total_timesteps", "gamma", "norm_obs"):
+        block = re.search(rf"{ppo.flag(name)}[ ,].*?\(default: (\S+)\)", out, re.DOTALL)
+        assert block[1] == str(getattr(args, name))
+
+
+def test_every_flag_has_a_help_text(main, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    _, out, _ = main("--help")
+    out, source = " ".join(out.split()), inspect.getsource(ppo.Args)
+    for option in fields(ppo.Args):
+        comment = re.search(rf"^    {option.name}: .*?  # (.+)$", source, re.MULTILINE)
+        assert f"{comment[1]} (default: " in out
+
+
+@pytest.mark.parametrize(
+    "env_id",
+    ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "Pendulum-v1", "LunarLander-v3", "LunarLanderContinuous-v3",
+     "BipedalWalker-v3", "Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Humanoid-v5", "HumanoidStandup-v5",
+     "InvertedDoublePendulum-v5", "InvertedPendulum-v5", "Pusher-v5", "Reacher-v5", "Swimmer-v5", "Walker2d-v5",
+     "ALE/Pong-v5", "ALE/Breakout-v5"],
+)  # fmt: skip
+def test_a_preset_applies(env_id):
+    pattern, settings = ppo.preset(env_id)
+    args = ppo.parse_args(["--env-id", env_id])
+    assert settings and type(args) is ppo.Args
+    assert args == ppo.Args(env_id=env_id, **ppo.PRESETS[pattern])
+
+
+def test_an_environment_without_a_preset_takes_the_general_defaults():
+    assert ppo.parse_args(["--env-id", "Taxi-v4"]) == ppo.Args(env_id="Taxi-v4")
+
+
+def test_the_exact_preset_goes_before_a_pattern(monkeypatch):
+    monkeypatch.setattr(ppo, "PRESETS", {"My*": {"gamma": 0.5}, "MyEnv-v0": {"gamma": 0.6}})
+    assert ppo.preset("MyEnv-v0") == ("MyEnv-v0", {"gamma": 0.6})
+    assert ppo.preset("MyOther-v0") == ("My*", {"gamma": 0.5})
+    assert ppo.preset("Other-v0") == (None, {})
+
+
+def test_explicit_flags_win_over_the_preset():
+    given = {"learning_rate": 1e-5, "num_envs": 3, "num_minibatches": 1, "clip_vloss": True, "hidden_sizes": (8, 9)}
+    args = ppo.parse_args(
+        ["--env-id", "CartPole-v1", "--learning-rate", "1e-5", "--num-envs", "3", "--num-minibatches", "1",
+         "--clip-vloss", "--hidden-sizes", "8", "9"]
+    )  # fmt: skip
+    assert args == ppo.Args(env_id="CartPole-v1", **(ppo.PRESETS["CartPole-v1"] | given))
+
+
+@pytest.mark.parametrize("env_id", ["FrozenLake-v1", "ALE/Pong-v5"])
+def test_env_kwargs_come_as_pairs_and_win_over_the_preset(env_id):
+    args = ppo.parse_args(["--env-id", env_id, "--env-kwargs", "a", "False", "b", "0.5", "c", "3", "d", "word"])
+    assert {k: args.env_kwargs[k] for k in "abcd"} == {"a": False, "b": 0.5, "c": 3, "d": "word"}
+
+
+def test_derived_sizes_are_no_flags(main):
+    assert ppo.Args(num_envs=3, num_steps=4, num_minibatches=2, total_timesteps=100).batch_size == 12
+    assert ppo.Args(num_envs=3, num_steps=4, num_minibatches=2, total_timesteps=100).num_iterations == 8
+    assert "--batch-size" not in main("--help")[1]
+
+
+# Bad input: exit code 2, one message, nothing written
+
+
+COUNTS = ("total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_episodes",
+          "checkpoint_every")  # fmt: skip
+RATES = ("learning_rate", "clip_coef", "max_grad_norm", "target_kl")
+WEIGHTS = ("ent_coef", "vf_coef")
+FRACTIONS = ("gamma", "gae_lambda")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [(name, value) for name in COUNTS for value in ("0", "-4", "nan")]
+    + [(name, value) for name in RATES for value in ("0", "-0.1", "nan", "inf")]
+    + [(name, value) for name in WEIGHTS for value in ("-0.1", "nan", "inf")]
+    + [(name, value) for name in FRACTIONS for value in ("-0.01", "1.01", "nan")]
+    + [("seed", "-1"), ("validation_episodes", "-1"), ("hidden_sizes", "0"), ("logstd_init", "nan")],
+)
+def test_a_number_out_of_range_is_named_with_its_flag(name, value, refused):
+    message = refused(ppo.flag(name), value)
+    assert ppo.flag(name) in message
+    assert value in message
+
+
+@pytest.mark.parametrize("argv", [("--learning-rate", "fast"), ("--num-envs", "1.5"), ("--vectorization", "threads")])
+def test_a_value_of_the_wrong_type_is_named_with_its_flag(argv, refused):
+    message = refused(*argv)
+    assert argv[0] in message and argv[1] in message
+
+
+def test_an_unknown_flag_is_named(refused):
+    assert "--learning-speed" in refused("--learning-speed", "3")
+
+
+def test_minibatches_that_do_not_divide_the_batch_are_told_the_divisors_near(refused):
+    message = refused("--num-envs", 6, "--num-steps", 20, "--total-timesteps", 1000, "--num-minibatches", 7)
+    assert "--num-minibatches 7" in message and "120" in message
+    assert re.search(r"5, 6, 8(, 10)?\b", message)
+
+
+def test_too_few_steps_are_told_both_numbers(refused):
+    message = refused("--total-timesteps", 100, "--num-envs", 8, "--num-steps", 32)
+    assert "--total-timesteps 100" in message and "256" in message
+
+
+@pytest.mark.parametrize(
+    "env_id, suggestion",
+    [
+        ("CartPol-v1", "Did you mean: `CartPole`?"),
+        ("LunarLander-v2", "LunarLander-v3"),
+        ("ALE/Pongg-v5", "Did you mean: `Pong`?"),
+        ("not an id", "not an id"),
+    ],
+)
+def test_an_unknown_environment_keeps_gymnasiums_suggestion(env_id, suggestion, refused):
+    message = refused("--env-id", env_id)
+    assert env_id in message and suggestion in message
+
+
+def test_an_unknown_module_is_named(refused):
+    assert "no_such_module" in refused("--env-id", "no_such_module:MyEnv-v0")
+
+
+def test_an_unknown_env_kwarg_is_named(refused):
+    assert "gravityy" in refused("--env-kwargs", "gravityy", "3")
+
+
+@pytest.mark.parametrize(
+    "missing, remedy, argv",
+    [
+        ("ale_py", "pip install ale-py", ["--env-id", "ALE/Pong-v5"]),
+        ("envpool", "pip install envpool", ["--vectorization", "envpool"]),
+        ("mujoco", 'pip install "gymnasium[mujoco]"', ["--env-id", "HalfCheetah-v5"]),
+        ("Box2D", 'pip install "gymnasium[box2d]"', ["--env-id", "LunarLander-v3"]),
+        ("wandb", "pip install wandb", ["--track"]),
+    ],
+)
+def test_a_missing_extra_comes_with_its_pip_command(missing, remedy, argv, refused, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith(("gymnasium.envs.mujoco.", "gymnasium.envs.box2d."))]:
+        monkeypatch.delitem(sys.modules, name)  # they import their extra once, when they are imported
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert remedy in refused(*argv)
+
+
+@pytest.mark.parametrize(
+    "observes, acts, named",
+    [
+        (gym.spaces.Box(-1, 1, (2,)), gym.spaces.Dict(a=gym.spaces.Discrete(2)), "Dict('a': Discrete(2))"),
+        (gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(0, 9, (2,), np.int64), "Box(0, 9, (2,), int64)"),
+        (gym.spaces.Graph(gym.spaces.Discrete(3), None), gym.spaces.Discrete(2), "Graph(Discrete(3), None)"),
+    ],
+)
+def test_an_unsupported_space_is_named(observes, acts, named, refused, monkeypatch):
+    class Odd(gym.Env):
+        observation_space, action_space = observes, acts
+
+        def reset(self, *, seed=None, options=None):
+            return observes.sample(), {}
+
+    monkeypatch.setitem(gym.registry, "Odd-v0", gym.envs.registration.EnvSpec("Odd-v0", entry_point=Odd))
+    message = refused("--env-id", "Odd-v0")
+    assert named in message and "supported: " in message
+
+
+def test_cuda_where_there_is_none(refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device cuda" in refused("--device", "cuda")
+
+
+def test_device_auto_falls_back_to_the_cpu(main, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, out, _ = main(*SHORT, "--device", "auto")
+    assert code == 0 and "device: cpu" in out
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "../../outside", "a/b", "a\\b", "..", ".", "", ".hidden", "a\n", "/outside"]
+)
+def test_a_run_name_is_one_path_component(name, refused, tmp_path):
+    assert "--run-name" in refused(f"--run-name={name}")
+    assert not any((folder / "outside").exists() for folder in (tmp_path, tmp_path.parent, Path("/")))
+
+
+def test_other_names_cannot_leave_runs(main, tmp_path):
+    assert main(*SHORT, "--exp-name", "../../outside")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert len(list(Path("runs").glob("*/results.json"))) == 1
+
+
+def test_runs_that_cannot_be_written_is_named(refused):
+    Path("runs").write_text("a plain file")
+    assert "cannot create runs/mine" in refused("--run-name", "mine")
+
+
+def test_a_run_is_never_overwritten(main):
+    assert main(*SHORT, "--run-name", "mine")[0] == 0
+    before = {path: path.read_bytes() for path in Path("runs/mine").iterdir()}
+    code, _, err = main(*SHORT, "--run-name", "mine", "--seed", "2")
+    assert code == 2 and "runs/mine" in err
+    assert {path: path.read_bytes() for path in Path("runs/mine").iterdir()} == before
+
+
+@pytest.mark.parametrize("mode", ["--evaluate", "--resume", "--push"])
+def test_a_folder_that_is_no_run_is_named(mode, refused):
+    assert "runs/none" in refused(mode, "runs/none")
+
+
+def test_modes_exclude_each_other(refused):
+    message = refused("--evaluate", "runs/a", "--resume", "runs/b")
+    assert "--evaluate and --resume" in message
+
+
+# As a file
+
+
+def test_importing_does_nothing_but_define(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import ppo"
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_works_as_a_command(tmp_path):
+    done = command("--help", "--env-id", "LunarLander-v3", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--learning-rate FLOAT" in done.stdout and "(default: LunarLander-v3)" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_gives_no_traceback_as_a_command(tmp_path):
+    done = command("--env-id", "CartPol-v1", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+def test_the_inline_header_equals_the_requirements():
+    header = re.match(r"# /// script\n(.*?)# ///\n", (ROOT / "ppo.py").read_text(), re.DOTALL)[1]
+    dependencies = re.search(r"dependencies = (\[.*\])", header.replace("#", ""), re.DOTALL)[1]
+    pinned = json.loads(re.sub(r",\s*\]", "]", dependencies))
+    assert pinned == (ROOT / "requirements.txt").read_text().split()
+    assert all(re.fullmatch(r"[\w-]+(\[[\w,-]+\])?==[\d.]+", requirement) for requirement in pinned)

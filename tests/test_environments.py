@@ -1,0 +1,420 @@
+"""Every family of environments, observations, actions and vectorisations, on the real ones; what counts as a step."""
+
+import copy
+import hashlib
+import json
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import scalars
+from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiBinary, MultiDiscrete, Sequence, Text, Tuple
+
+import ppo
+
+VECTORIZATIONS = ["sync", "async", "native", "envpool"]
+SHORT = {"total_timesteps": 384, "num_envs": 2, "num_steps": 64, "num_minibatches": 2, "update_epochs": 2,
+         "validation_episodes": 0}  # fmt: skip
+AT_ONCE = ["--num-envs", "2", "--num-steps", "8", "--total-timesteps", "16", "--eval-episodes", "1"]
+
+
+def short_args(env_id="CartPole-v1", **settings):
+    return ppo.Args(env_id=env_id, **(ppo.preset(env_id)[1] | SHORT | {"run_name": "short"} | settings))
+
+
+def train(env_id="CartPole-v1", **settings):
+    """Three short iterations, unless told otherwise, with the rest of the environment's preset: the run's folder."""
+    return ppo.train(short_args(env_id, **settings))
+
+
+def assert_learned(run):
+    """All losses are numbers, and the policy has moved away from the one that collected."""
+    logs = scalars(run)
+    assert all(math.isfinite(value) for tag in logs if tag.startswith("losses/") for _, value in logs[tag])
+    assert max(value for _, value in logs["losses/approx_kl"]) > 0
+
+
+def assert_plays(run):
+    args = ppo.load_args(run)
+    returns, lengths = ppo.evaluate(ppo.load_agent(run, args), args, episodes=2)
+    assert np.isfinite(returns).all() and (lengths > 0).all()
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """Make an environment known to Gymnasium for one test: register(its class or maker) -> its id."""
+
+    def call(maker):
+        spec = gym.envs.registration.EnvSpec("Tiny-v0", entry_point=maker)
+        monkeypatch.setitem(gym.registry, spec.id, spec)
+        return spec.id
+
+    return call
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """What the environments answered: (obs, rewards, terminated, truncated, info) of each step, as it happens."""
+    record, step_envs = [], ppo.step_envs
+    monkeypatch.setattr(ppo, "step_envs", lambda *args: record.append(copy.deepcopy(step_envs(*args))) or record[-1])
+    return record
+
+
+@pytest.fixture
+def learned(monkeypatch):
+    """What the loss saw: (observations, actions) of each minibatch, as it happens."""
+    record, ppo_loss = [], ppo.ppo_loss
+
+    def spy(agent, obs, actions, *rest):
+        record.append((obs.clone(), actions.clone()))
+        return ppo_loss(agent, obs, actions, *rest)
+
+    monkeypatch.setattr(ppo, "ppo_loss", spy)
+    return record
+
+
+class Anything(gym.Env):
+    """Observes samples of one space and acts in another, in episodes of five steps; `taken` collects the actions."""
+
+    def __init__(self, observation_space, action_space, taken):
+        self.observation_space, self.action_space, self.taken = observation_space, action_space, taken
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        self.time = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.time += 1
+        self.taken.append(action)
+        return self.observation_space.sample(), float(self.np_random.normal()), self.time == 5, False, {}
+
+
+class Clock(gym.Env):
+    """Shows the time, pays 1, 2, 3, ... and ends with its sixth step, showing -1; a life is lost on the third."""
+
+    observation_space, action_space = Box(-1, 6, (1,)), Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time = 0
+        return np.zeros(1, np.float32), {"lives": 3}
+
+    def step(self, action):
+        self.time += 1
+        over = self.time == 6
+        return np.float32([-1 if over else self.time]), self.time, over, False, {"lives": 3 if self.time < 3 else 2}
+
+
+# Families
+
+
+@pytest.mark.parametrize(
+    "env_id, env_kwargs",
+    [
+        ("CartPole-v1", {}),
+        ("MountainCar-v0", {}),
+        ("Pendulum-v1", {}),
+        ("LunarLander-v3", {}),
+        ("LunarLanderContinuous-v3", {}),
+        ("HalfCheetah-v5", {}),
+        ("Hopper-v5", {"healthy_reward": 2.0}),
+        ("FrozenLake-v1", {"map_name": "8x8", "is_slippery": False}),
+        ("Taxi-v4", {}),
+        ("Blackjack-v1", {}),
+    ],
+)
+def test_trains_and_plays(env_id, env_kwargs):
+    run = train(env_id, env_kwargs=env_kwargs)
+    assert_learned(run)
+    assert_plays(run)
+
+
+def test_trains_and_plays_atari_through_ales_own_vector_environment():
+    run = train("ALE/Pong-v5", num_steps=16, total_timesteps=32, env_kwargs={"max_num_frames_per_episode": 200})
+    assert_learned(run)
+    assert_plays(run)
+
+
+@pytest.mark.slow
+def test_trains_atari_in_envpool():
+    assert_learned(train("ALE/Pong-v5", num_steps=16, total_timesteps=32, vectorization="envpool"))
+
+
+@pytest.mark.slow
+def test_trains_and_plays_from_pixels_with_channels_last(monkeypatch):
+    monkeypatch.setattr(gym.spec("CarRacing-v3"), "max_episode_steps", 50)
+    run = train("CarRacing-v3", num_steps=16, total_timesteps=32)
+    assert_learned(run)
+    assert_plays(run)
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_trains_an_environment_of_the_users_own_module(main, vectorization, tmp_path, monkeypatch):
+    (tmp_path / "my_module.py").write_text(
+        "import gymnasium as gym\n"
+        "class MyEnv(gym.wrappers.TransformReward):\n"
+        "    def __init__(self, bonus):\n"
+        "        super().__init__(gym.make('CartPole-v1'), lambda reward: reward + bonus)\n"
+        "gym.register('MyEnv-v0', MyEnv, max_episode_steps=10)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    code, _, err = main(
+        "--env-id", "my_module:MyEnv-v0", "--env-kwargs", "bonus", 0.5, "--vectorization", vectorization,
+        "--num-envs", 2, "--num-steps", 32, "--total-timesteps", 128, "--eval-episodes", 2, "--run-name", "mine",
+    )  # fmt: skip
+    assert code == 0, err
+    results = json.loads((tmp_path / "runs/mine/results.json").read_text())
+    assert [1.5 * length for length in results["episode_lengths"]] == results["episode_returns"]
+
+
+# Observations and actions
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        Discrete(3, start=5),
+        MultiDiscrete([2, 3]),
+        MultiBinary(4),
+        Box(-1, 1, (2, 3)),
+        Box(0, 255, (8, 8, 3), np.uint8),
+        Box(0, 255, (40, 44, 3), np.uint8),
+        Box(0, 255, (1, 40, 44), np.uint8),
+        Dict(where=Box(-1, 1, (2,)), goal=Discrete(3)),
+        Tuple([Discrete(2), Dict(inner=MultiBinary(3))]),
+    ],
+    ids=str,
+)
+def test_observes(space, register):
+    run = train(register(lambda: Anything(space, Discrete(2), [])), num_steps=16, total_timesteps=64)
+    assert_learned(run)
+    assert_plays(run)
+
+
+def test_a_discrete_observation_is_one_hot():
+    _, obs, _ = ppo.make_envs(ppo.Args("FrozenLake-v1"), seeds=[1, 2, 3])
+    assert obs.tolist() == 3 * [[1] + 15 * [0]]
+
+
+def test_dict_and_tuple_observations_become_one_flat_vector(register):
+    space = Dict(a=Box(2, 2, (3,)), b=Tuple([Discrete(1), Box(7, 7, (1, 2))]))
+    _, obs, _ = ppo.make_envs(ppo.Args(register(lambda: Anything(space, Discrete(2), []))), seeds=[1, 2])
+    assert obs.tolist() == 2 * [[2, 2, 2, 1, 7, 7]]
+
+
+@pytest.mark.parametrize(
+    "space", [Discrete(3), Discrete(3, start=5), Discrete(3, start=-1), MultiDiscrete([2, 3]),
+              MultiDiscrete([[2, 3], [4, 2]]), MultiDiscrete([2, 3], start=[4, -1]), MultiBinary(3)], ids=str,
+)  # fmt: skip
+def test_acts_in_all_of(space, register):
+    taken = []
+    run = train(register(lambda: Anything(Box(-1, 1, (2,)), space, taken)))
+    assert_learned(run)
+    assert_plays(run)
+    assert all(space.contains(action) for action in taken)
+    low = getattr(space, "start", 0)
+    high = low + getattr(space, "nvec", getattr(space, "n", 2) if isinstance(space, Discrete) else 2) - 1
+    assert (np.min(taken, 0) == low).all() and (np.max(taken, 0) == high).all()
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 2)])
+def test_continuous_actions_are_clipped_for_the_environment_only(shape, register, learned):
+    taken, space = [], Box(-0.5, 0.25, shape)
+    assert_learned(train(register(lambda: Anything(Box(-1, 1, (2,)), space, taken))))
+    actions = torch.cat([actions for _, actions in learned])
+    assert actions.shape[1:] == shape and actions.min() < -0.5 and actions.max() > 0.25
+    assert all(space.contains(action) for action in taken)
+    assert {a.tobytes() for a in taken} == {a.tobytes() for a in actions.clamp(-0.5, 0.25).numpy()}
+
+
+@pytest.mark.parametrize(
+    "space", [Text(5), Sequence(Discrete(2)), Graph(Discrete(2), None), Dict(word=Text(5))], ids=str
+)
+def test_an_observation_space_that_is_not_supported_is_named_in_one_line(space, main, register):
+    code, _, err = main("--env-id", register(lambda: Anything(space, Discrete(2), [])), *AT_ONCE)
+    assert (code, err.count("\n")) == (2, 1)
+    assert str(space) in err and "supported: Box, Discrete, MultiDiscrete, MultiBinary" in err
+
+
+@pytest.mark.parametrize("space", [Text(5), Dict(a=Discrete(2)), Tuple([Discrete(2)]), Box(0, 9, (2,), int)], ids=str)
+def test_an_action_space_that_is_not_supported_is_named_in_one_line(space, main, register):
+    code, _, err = main("--env-id", register(lambda: Anything(Box(-1, 1, (2,)), space, [])), *AT_ONCE)
+    assert (code, err.count("\n")) == (2, 1)
+    assert str(space) in err and "supported: Discrete, MultiDiscrete, MultiBinary, Box" in err
+
+
+# Vectorisation
+
+
+@pytest.mark.parametrize(
+    "vectorization, env_id, kind",
+    [
+        ("auto", "CartPole-v1", "CartPoleVectorEnv"),
+        ("auto", "ALE/Pong-v5", "AtariVectorEnv"),
+        ("auto", "Acrobot-v1", "SyncVectorEnv"),
+        ("sync", "CartPole-v1", "SyncVectorEnv"),
+        ("async", "CartPole-v1", "AsyncVectorEnv"),
+        ("native", "CartPole-v1", "CartPoleVectorEnv"),
+        ("envpool", "CartPole-v1", "CartPoleGymnasiumEnvPool"),
+    ],
+)
+def test_vectorization_chooses_the_vector_environment(vectorization, env_id, kind):
+    envs, *_ = ppo.make_envs(ppo.Args(env_id, vectorization=vectorization), seeds=[1, 2])
+    assert type(envs.unwrapped).__name__ == kind
+    envs.close()
+
+
+@pytest.mark.parametrize("vectorization", ["native", "envpool"])
+def test_a_vectorization_that_the_environment_lacks_is_refused_in_one_line(vectorization, main, register):
+    code, _, err = main("--env-id", register(Clock), "--vectorization", vectorization, *AT_ONCE)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "Tiny-v0" in err
+
+
+def count_by_hand(steps):
+    """Real transitions, and (transitions so far, return, length) at the end of each episode, one by one."""
+    N = len(steps[0][1])
+    transitions, episodes, returns, lengths, over = 0, [], N * [0.0], N * [0], N * [False]
+    for obs, rewards, terminated, truncated, _ in steps:
+        for i in range(N):
+            if over[i]:
+                assert rewards[i] == 0 and abs(obs[i]).max() <= 0.05  # a fresh CartPole
+            else:
+                transitions, returns[i], lengths[i] = transitions + 1, returns[i] + rewards[i], lengths[i] + 1
+        for i in range(N):
+            over[i] = terminated[i] or truncated[i]
+            if over[i]:
+                episodes.append((transitions, returns[i], lengths[i]))
+                returns[i], lengths[i] = 0.0, 0
+    return transitions, episodes
+
+
+@pytest.mark.parametrize("vectorization", VECTORIZATIONS)
+def test_logged_episodes_and_steps_equal_a_hand_count(vectorization, steps):
+    logs = scalars(train(num_envs=3, total_timesteps=3 * 192, vectorization=vectorization))
+    transitions, episodes = count_by_hand(steps)
+    assert len(episodes) > 10
+    assert logs["charts/episodic_return"] == [(step, total) for step, total, _ in episodes]
+    assert logs["charts/episodic_length"] == [(step, length) for step, _, length in episodes]
+    assert logs["charts/SPS"][-1][0] == transitions
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_logged_episodes_are_what_the_environment_pays(vectorization, register):
+    logs = scalars(train(register(Clock), vectorization=vectorization, episodic_life=True))
+    assert {value for _, value in logs["charts/episodic_return"]} == {1 + 2 + 3 + 4 + 5 + 6}
+    assert {value for _, value in logs["charts/episodic_length"]} == {6}
+
+
+def test_logged_episodes_in_envpool_have_their_true_length():
+    logs = scalars(train("Pendulum-v1", vectorization="envpool", total_timesteps=1024))
+    assert {value for _, value in logs["charts/episodic_length"]} == {200}
+
+
+def test_an_episode_cut_by_a_checkpoint_is_not_logged(register):
+    logs = scalars(train(register(Clock), num_steps=8, checkpoint_every=1))  # the cut comes after 6 + reset + 1 steps
+    assert {value for _, value in logs["charts/episodic_return"]} == {21}
+    assert len(logs["charts/episodic_return"]) == 384 // 8
+
+
+def test_global_step_counts_real_transitions(register):
+    run = train(register(Clock), num_envs=2, num_steps=70, total_timesteps=420)  # three rollouts, resets in 1 row of 7
+    assert ppo.load_checkpoint(run)["global_step"] == 420 * 6 // 7
+
+
+@pytest.mark.parametrize("vectorization", VECTORIZATIONS)
+def test_reset_rows_never_reach_the_loss(vectorization, steps, learned):
+    """A reset row starts from the last observation of an episode, and that lies beyond CartPole's limits."""
+
+    def fallen(obs):
+        return (abs(obs[:, 0]) > 2.4) | (abs(obs[:, 2]) > 12 * math.pi / 180)
+
+    train(vectorization=vectorization)
+    assert sum(fallen(obs).sum() for obs, *_ in steps) > 5
+    assert learned and not any(fallen(obs).any() for obs, _ in learned)
+
+
+def test_every_real_transition_reaches_the_loss_and_nothing_else(register, learned):
+    train(register(Clock))
+    assert {obs.item() for minibatch, _ in learned for obs in minibatch} == {0, 1, 2, 3, 4, 5}
+
+
+def test_reset_rows_never_reach_the_statistics(register):
+    run = train(register(Clock), num_steps=70, total_timesteps=420, norm_obs=True, norm_reward=True)
+    agent = ppo.load_agent(run, ppo.load_args(run))
+    assert agent.obs_stats.count.tolist() == [360] and agent.return_stats.count == 360
+    torch.testing.assert_close(agent.obs_stats.mean, torch.tensor([2.5]).double())
+    torch.testing.assert_close(agent.obs_stats.var, torch.tensor([35 / 12]).double())
+
+
+# Lives
+
+
+@pytest.fixture
+def horizons(monkeypatch):
+    """What the estimate was told: (terminated, done) of each rollout, as it happens."""
+    record, compute_gae = [], ppo.compute_gae
+
+    def spy(rewards, values, terminated, done, *rest):
+        record.append((terminated.clone(), done.clone()))
+        return compute_gae(rewards, values, terminated, done, *rest)
+
+    monkeypatch.setattr(ppo, "compute_gae", spy)
+    return record
+
+
+def test_a_lost_life_ends_the_value_horizon_only(register, horizons, steps):
+    run = train(register(Clock), num_steps=7, total_timesteps=42, checkpoint_every=99, episodic_life=True)
+    row = torch.tensor([False, False, True, False, False, True, False])  # a life, the episode, its reset
+    assert all((flags == row.unsqueeze(-1)).all() for rollout in horizons for flags in rollout)
+    assert scalars(run)["charts/episodic_return"] == [(s, 21) for s in (12, 12, 24, 24, 36, 36)]
+
+
+def test_a_lost_life_means_nothing_without_episodic_life(register, horizons):
+    train(register(Clock), num_steps=7, total_timesteps=42, checkpoint_every=99, episodic_life=False)
+    row = torch.tensor([False, False, False, False, False, True, False])
+    assert all((flags == row.unsqueeze(-1)).all() for rollout in horizons for flags in rollout)
+
+
+def test_episodic_life_without_lives_is_refused_in_one_line(main):
+    code, _, err = main("--env-id", "Pendulum-v1", "--episodic-life", *AT_ONCE)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--episodic-life" in err and "Pendulum-v1" in err
+
+
+# Seeds
+
+
+@pytest.mark.parametrize("vectorization", VECTORIZATIONS)
+def test_the_seed_alone_decides_the_weights(vectorization):
+    def weights(name, seed):
+        run = train(vectorization=vectorization, run_name=name, seed=seed, total_timesteps=256)
+        return hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
+
+    first, again, other = weights("first", 1), weights("again", 1), weights("other", 2)
+    assert first == again != other
+
+
+@pytest.mark.parametrize("env_id", ["LunarLander-v3", "Hopper-v5"])
+def test_the_seed_decides_the_weights_beyond_classic_control(env_id):
+    first, again = train(env_id, run_name="first"), train(env_id, run_name="again")
+    assert (first / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+
+
+def test_environments_share_no_seed_across_runs_nor_between_training_and_evaluation(main, monkeypatch):
+    used, make_envs = {}, ppo.make_envs
+
+    def spy(args, seeds, training=True, render=False):
+        used.setdefault((args.seed, training), set()).update(seeds)
+        return make_envs(args, seeds, training, render)
+
+    monkeypatch.setattr(ppo, "make_envs", spy)
+    for seed in (1, 2):
+        assert main("--seed", seed, "--total-timesteps", 4096, "--checkpoint-every", 1, "--eval-episodes", 5)[0] == 0
+    groups = [used[seed, training] for seed in (1, 2) for training in (True, False)]
+    assert [len(group) for group in groups] == 2 * [2 * 64, 20 + 5]
+    assert len(set.union(*groups)) == sum(map(len, groups))

@@ -1,0 +1,359 @@
+"""What a run leaves behind: files, logs, results, an agent that plays again just as it was scored, a video, W&B."""
+
+import contextlib
+import copy
+import io
+import json
+import re
+import sys
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+
+import gymnasium as gym
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from conftest import QUICK, command, scalars
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+import ppo
+
+FLAGS = [*QUICK, "--update-epochs", "2", "--norm-obs", "--seed", "3", "--run-name", "trained"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One short run for all tests here: its folder, what it printed, its arguments. They leave it as it is."""
+    folder = tmp_path_factory.mktemp("trained")
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert ppo.main(FLAGS) == 0
+    run = folder / "runs/trained"
+    return SimpleNamespace(run=run, args=ppo.load_args(run), out=out.getvalue(), err=err.getvalue())
+
+
+@pytest.fixture
+def results(trained):
+    return json.loads((trained.run / "results.json").read_text())
+
+
+def load(run):
+    return ppo.Agent.from_pretrained(run, strict=True)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# Files
+
+
+def test_the_folder_holds_all_that_a_run_leaves(trained):
+    names = {re.sub(r"(tfevents|checkpoint-).*", r"\1", path.name) for path in trained.run.iterdir()}
+    assert names == {
+        "events.out.tfevents", "hyperparameters.json", "config.json", "model.safetensors", "results.json", "README.md",
+        "checkpoint-", "ppo.py", "requirements.txt",
+    }  # fmt: skip
+
+
+def test_its_path_is_printed_first_and_last(trained):
+    lines = trained.out.splitlines()
+    assert lines[0].startswith("run: runs/trained ")
+    assert lines[-1] == "run: runs/trained"
+
+
+def test_the_preset_taken_is_printed(trained):
+    assert "preset: CartPole-v1" in trained.out.splitlines()[0]
+
+
+def test_its_default_name_tells_what_it_is(main):
+    code, out, _ = main(*QUICK, "--env-id", "FrozenLake-v1", "--exp-name", "try", "--seed", 5)
+    assert code == 0
+    assert re.fullmatch(r"run: runs/FrozenLake-v1__try__5__\d{10}", out.splitlines()[-1])
+
+
+def test_hyperparameters_load_as_the_arguments_they_were(trained):
+    assert trained.args == ppo.parse_args(FLAGS)
+
+
+def test_results_hold_the_score_and_how_it_came_about(results):
+    types = {
+        "env_id": str, "mean_reward": float, "std_reward": float, "n_evaluation_episodes": int, "eval_datetime": str,
+        "deterministic": bool, "seed": int, "total_timesteps": int, "global_step": int, "training_seconds": float,
+        "episode_returns": list,
+    }  # fmt: skip
+    assert {key: type(results[key]) for key in types} == types
+    assert (results["env_id"], results["seed"], results["deterministic"]) == ("CartPole-v1", 3, True)
+    assert results["n_evaluation_episodes"] == len(results["episode_returns"]) == 4
+    assert results["mean_reward"] == pytest.approx(np.mean(results["episode_returns"]))
+    assert results["std_reward"] == pytest.approx(np.std(results["episode_returns"]))
+    assert results["total_timesteps"] == 2048 > results["global_step"] > 1024
+    assert abs(datetime.now().timestamp() - datetime.fromisoformat(results["eval_datetime"]).timestamp()) < 3600
+
+
+def test_the_score_is_printed_to_two_decimals(trained, results):
+    assert "CartPole-v1: " in trained.out
+    assert f"{results['mean_reward']:.2f} +/- {results['std_reward']:.2f} over 4 greedy episodes" in trained.out
+
+
+def test_training_seconds_leave_out_evaluation(main, monkeypatch):
+    late, evaluate, clock = [], ppo.evaluate, ppo.time.perf_counter
+    monkeypatch.setattr(ppo, "evaluate", lambda *args, **kwargs: late.append(1000) or evaluate(*args, **kwargs))
+    monkeypatch.setattr(ppo.time, "perf_counter", lambda: clock() + sum(late))
+    assert main(*FLAGS)[0] == 0
+    assert sum(late) >= 3000  # validation, the score, the score of the sampled policy
+    assert json.loads(Path("runs/trained/results.json").read_text())["training_seconds"] < 1000
+
+
+# Logs
+
+
+def test_logs_carry_cleanrls_names(trained):
+    assert set(scalars(trained.run)) == {
+        "charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/learning_rate", "losses/policy_loss",
+        "losses/value_loss", "losses/entropy", "losses/old_approx_kl", "losses/approx_kl", "losses/clipfrac",
+        "losses/explained_variance",
+    }  # fmt: skip
+
+
+def test_the_learning_rate_is_annealed_to_one_step_before_zero(trained):
+    rates = [value for _, value in scalars(trained.run)["charts/learning_rate"]]
+    np.testing.assert_allclose(rates, 2e-3 * np.array([1, 0.75, 0.5, 0.25]), rtol=1e-6)
+
+
+def summaries(run):
+    """{tag: summary value} of everything in the event files that is no scalar."""
+    events = [event for path in run.rglob("*tfevents*") for event in EventFileLoader(str(path)).Load()]
+    return {value.tag: value for event in events for value in event.summary.value}
+
+
+def test_logs_show_the_hyperparameters_as_a_table(trained):
+    table = summaries(trained.run)["hyperparameters/text_summary"].tensor.string_val[0].decode()
+    assert "|learning_rate|0.002|" in table and "|norm_obs|True|" in table and "|seed|3|" in table
+
+
+def test_logs_fill_the_hparams_tab(trained):
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    found = summaries(trained.run)
+    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(found)
+    content = found["_hparams_/session_start_info"].metadata.plugin_data.content
+    hparams = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert hparams["learning_rate"].number_value == 2e-3 and hparams["env_id"].string_value == "CartPole-v1"
+
+
+# The console
+
+
+def test_no_progress_bar_where_there_is_no_terminal(trained):
+    assert trained.err == ""
+    assert "\r" not in trained.out and "\x1b" not in trained.out and "%|" not in trained.out
+    assert len(trained.out.splitlines()) < 20
+
+
+def test_a_progress_bar_on_a_terminal_shows_steps_return_speed_and_time_left():
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(Terminal()) as err:
+        assert ppo.main(FLAGS) == 0
+    last = err.getvalue().split("\r")[-1]
+    assert re.search(r"\d+%\|.*\| [\d.]+k/2\.05k \[\d\d:\d\d<\d\d:\d\d, .* steps/s, return \d+\.\d\]", last)
+
+
+# The agent, loaded again
+
+
+def test_the_saved_agent_is_the_trained_one(trained):
+    best = ppo.load_checkpoint(trained.run)["best"]["agent"]
+    saved = load(trained.run).state_dict()
+    assert set(saved) == set(best)
+    assert all(torch.equal(saved[name], best[name]) for name in best)
+
+
+def test_the_saved_agent_is_built_with_the_runs_settings(trained):
+    torch.manual_seed(0)
+    agent, obs = load(trained.run), torch.randn(5, 4)
+    same = ppo.Agent([4], [], [2], hidden_sizes=(64, 64), norm_obs=True)
+    same.load_state_dict(agent.state_dict())
+    assert agent.norm_obs
+    assert torch.equal(agent.get_value(obs), same.get_value(obs))
+    assert torch.equal(agent.act(obs), same.act(obs))
+
+
+def test_the_saved_agent_takes_any_batch_of_observations(trained):
+    agent, obs = load(trained.run), torch.randn(2, 3, 4)
+    for batch in (obs, obs[0], obs[0, 0]):
+        action, logprob, entropy, value = agent.get_action_and_value(batch)
+        shapes = {x.shape for x in (agent.act(batch), agent.get_value(batch), action, logprob, entropy, value)}
+        assert shapes == {batch.shape[:-1]}
+
+
+def test_the_normaliser_is_saved_with_the_agent(trained):
+    agent, obs = load(trained.run), torch.randn(5, 4)
+    blank = copy.deepcopy(agent)
+    blank.obs_stats = ppo.RunningMeanStd((4,))
+    assert (agent.obs_stats.count > 1000).all() and (agent.obs_stats.var != 1).all()
+    assert not torch.allclose(agent.get_value(obs), blank.get_value(obs))
+
+
+def test_the_normaliser_is_frozen_in_evaluation(trained):
+    agent = load(trained.run)
+    before = copy.deepcopy(agent.state_dict())
+    ppo.evaluate(agent, trained.args, episodes=3)
+    assert all(torch.equal(value, before[name]) for name, value in agent.state_dict().items())
+
+
+# Evaluation
+
+
+def test_evaluate_gives_the_score_of_the_results_and_changes_nothing(trained, results, main):
+    before = contents(trained.run)
+    code, out, _ = main("--evaluate", trained.run)
+    assert code == 0
+    assert f"{results['mean_reward']:.2f} +/- {results['std_reward']:.2f} over 4 greedy episodes" in out
+    assert contents(trained.run) == before
+
+
+def test_no_deterministic_samples_from_the_policy(trained, results, main):
+    code, out, _ = main("--evaluate", trained.run, "--no-deterministic")
+    assert code == 0
+    sampled = f"{results['other_mean_reward']:.2f} +/- {results['other_std_reward']:.2f}"
+    assert f"{sampled} over 4 sampled episodes" in out
+    assert results["other_mean_reward"] != results["mean_reward"]
+
+
+def test_evaluate_takes_more_episodes_and_another_seed(trained, main):
+    first = main("--evaluate", trained.run, "--eval-episodes", 30)[1]
+    again = main("--evaluate", trained.run, "--eval-episodes", 30)[1]
+    other = main("--evaluate", trained.run, "--eval-episodes", 30, "--seed", 4)[1]
+    assert "over 30 greedy episodes" in first
+    assert first == again != other
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "native", "envpool"])
+def test_evaluation_scores_the_first_episode_of_each_environment(vectorization, monkeypatch):
+    record, step_envs = [], ppo.step_envs
+    monkeypatch.setattr(ppo, "step_envs", lambda *args: record.append(copy.deepcopy(step_envs(*args))) or record[-1])
+    args, untrained = ppo.Args(vectorization=vectorization), ppo.Agent([4], [], [2], hidden_sizes=[8])
+    returns, lengths = ppo.evaluate(untrained, args, episodes=10, deterministic=False)
+    over = np.array([terminated | truncated for _, _, terminated, truncated, _ in record])
+    first = over.argmax(0) + 1
+    assert over.any(0).all() and (over.sum(0) > 1).any()  # some went on to a second
+    assert lengths.tolist() == returns.tolist() == first.tolist()
+
+
+def test_evaluation_plays_seeded_environments_as_by_hand(trained):
+    """One plain environment after another, with no vector environment at all."""
+    agent, expected = load(trained.run), []
+    for seed in ppo.seeds(trained.args.seed, ppo.EVALUATION, n=5):
+        env = gym.make("CartPole-v1")
+        obs, _ = env.reset(seed=seed)
+        done = length = 0
+        while not done:
+            obs, _, terminated, truncated, _ = env.step(agent.act(torch.as_tensor(obs)[None]).item())
+            done, length = terminated or truncated, length + 1
+        expected.append(length)
+    returns, _ = ppo.evaluate(agent, ppo.replace(trained.args, vectorization="sync"), episodes=5)
+    assert returns.tolist() == expected
+
+
+def test_evaluation_reports_rewards_as_the_environment_pays_them():
+    args = ppo.Args("Pendulum-v1", clip_reward=True, num_envs=2)
+    envs, *_ = ppo.make_envs(args, [1])
+    returns, _ = ppo.evaluate(ppo.Agent(**ppo.agent_config(args, envs)), args, episodes=2)
+    assert (returns < -200).all()  # 200 clipped rewards would sum to -200
+
+
+# Video
+
+
+def decode(path):
+    """(metadata, number of frames) of a video, each frame decoded."""
+    reader = imageio_ffmpeg.read_frames(str(path))
+    meta = next(reader)
+    return meta, sum(1 for _ in reader)
+
+
+def assert_plays_in_browsers(path):
+    meta, frames = decode(path)
+    data = path.read_bytes()
+    assert meta["codec"] == "h264" and meta["pix_fmt"].startswith("yuv420p") and frames > 0
+    assert data.index(b"moov") < data.index(b"mdat")  # it can start before it has arrived
+    return meta, frames
+
+
+@pytest.mark.parametrize(
+    "env_id, flags",
+    [
+        ("CartPole-v1", []),
+        ("LunarLander-v3", []),
+        pytest.param("InvertedPendulum-v5", [], marks=pytest.mark.slow),
+        pytest.param(
+            "ALE/Pong-v5",
+            ["--num-steps", 16, "--total-timesteps", 64, "--env-kwargs", "max_num_frames_per_episode", 200],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_capture_video_leaves_one_that_plays_in_browsers(env_id, flags, main):
+    code, _, err = main(*QUICK, "--env-id", env_id, "--validation-episodes", 0, "--eval-episodes", 1, *flags,
+                        "--capture-video", "--run-name", "filmed")  # fmt: skip
+    assert (code, "warning" in err) == (0, False), err
+    assert_plays_in_browsers(Path("runs/filmed/replay.mp4"))
+
+
+def test_the_video_shows_each_step_of_an_episode_at_the_environments_pace(trained, tmp_path, monkeypatch):
+    steps, step_envs = [], ppo.step_envs
+    monkeypatch.setattr(ppo, "step_envs", lambda *args: steps.append(step_envs(*args)) or steps[-1])
+    ppo.record_video(load(trained.run), trained.args, tmp_path / "replay.mp4")
+    meta, frames = assert_plays_in_browsers(tmp_path / "replay.mp4")
+    assert frames == len(steps) + 1
+    assert meta["fps"] == 50 and meta["size"] == (600, 400)
+
+
+def test_evaluate_can_film_too(main):
+    assert main(*FLAGS)[0] == 0
+    assert not Path("runs/trained/replay.mp4").exists()
+    assert main("--evaluate", "runs/trained", "--capture-video")[0] == 0
+    assert_plays_in_browsers(Path("runs/trained/replay.mp4"))
+
+
+@pytest.mark.parametrize("broken", ["no encoder", "render fails", "render fails later"])
+def test_a_failing_render_costs_the_video_only(broken, main, monkeypatch):
+    from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
+
+    good, render = iter(range(3)), CartPoleVectorEnv.render
+
+    def fail(envs):
+        if broken == "render fails" or next(good, None) is None:
+            raise RuntimeError("no display")
+        return render(envs)
+
+    monkeypatch.setattr(CartPoleVectorEnv, "render", fail)
+    if broken == "no encoder":
+        monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    code, _, err = main(*FLAGS, "--capture-video")
+    assert code == 0
+    assert err.startswith("warning: no video: ") and err.count("\n") == 1
+    assert Path("runs/trained/results.json").exists()
+    assert not Path("runs/trained/replay.mp4").exists()
+
+
+# Weights & Biases
+
+
+@pytest.mark.slow
+def test_track_mirrors_the_logs_inside_runs(tmp_path):
+    home, work = tmp_path / "home", tmp_path / "work"
+    work.mkdir()
+    done = command(*FLAGS, "--track", cwd=work, env={"WANDB_MODE": "offline", "HOME": str(home)})
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in work.iterdir()] == ["runs"]
+    (mirror,) = (work / "runs").rglob("offline-run-*/run-trained.wandb")
+    assert [tag for tag in scalars(work / "runs/trained") if tag.encode() not in mirror.read_bytes()] == []
+    assert not list((work / "runs").rglob("wandb/**/wandb"))  # it does not mirror its own mirror

@@ -278,6 +278,13 @@ def is_image(space: gym.spaces.Box) -> bool:
     return space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
 
 
+def is_supported(space: gym.Space) -> bool:
+    """Whether observations from it become images or vectors of numbers."""
+    if isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple)):
+        return all(map(is_supported, space.values() if isinstance(space, gym.spaces.Dict) else space))
+    return isinstance(space, (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary))
+
+
 def make_envs(args: Args, seeds: list[int], training: bool = True, render: bool = False):
     """One environment per seed, made anew and reset: (vector environment, observations [N, ...], info).
 
@@ -316,7 +323,7 @@ def make_envs(args: Args, seeds: list[int], training: bool = True, render: bool 
 
     space = envs.single_observation_space
     if not (isinstance(space, gym.spaces.Box) and (len(space.shape) == 1 or is_image(space))):
-        if not space.is_np_flattenable or mode == "envpool":
+        if not is_supported(space) or mode == "envpool":
             supported = "Box, Discrete, MultiDiscrete, MultiBinary, Dict and Tuple of these (EnvPool: vectors, images)"
             raise Stop(f"{args.env_id} observes {space}; supported: {supported}")
         envs = gym.wrappers.vector.FlattenObservation(envs)
@@ -608,7 +615,9 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 def train(args: Args) -> Path:
     """PPO, Algorithm 1, from the start or from a checkpoint. Returns the run's folder, with the trained agent in it."""
     args, (rank, world) = named(args), join_ranks(args)
-    envs, *_ = make_envs(args, seeds(args.seed, TRAINING))  # one environment, to look at its spaces
+    envs, _, info = make_envs(args, seeds(args.seed, TRAINING))  # one environment, to look at its spaces
+    if args.episodic_life and "lives" not in info:
+        raise Stop(f"--episodic-life needs info['lives'], which {args.env_id} does not give")
     config = agent_config(args, envs)
     device = choose_device(args, config)
     T, N, K = args.num_steps, args.num_envs // world, args.num_minibatches
@@ -636,9 +645,7 @@ def train(args: Args) -> Path:
             if iteration == args.num_iterations:
                 break
             envs, first_obs, info = make_envs(args, seeds(args.seed, TRAINING, rank, iteration, n=N))
-            if args.episodic_life and "lives" not in info:
-                raise Stop(f"--episodic-life needs info['lives'], which {args.env_id} does not give")
-            obs[T], lives[T] = torch.as_tensor(first_obs), info.get("lives", 0)
+            obs[T], lives[T] = torch.as_tensor(first_obs), info["lives"] if args.episodic_life else 0
             ended, (returned, length, discounted) = np.zeros(N, dtype=bool), np.zeros((3, N))
         started = time.perf_counter()
         lr = args.learning_rate * (1 - iteration / args.num_iterations if args.anneal_lr else 1)
@@ -707,6 +714,8 @@ def train(args: Args) -> Path:
     if rank == 0:
         writer.close()
         bar.close()
+        if args.track:
+            importlib.import_module("wandb").finish()
         published = Agent(**config)
         published.load_state_dict(state["best"]["agent"])
         published.save_pretrained(run)
@@ -968,7 +977,7 @@ def open_log(args: Args, run: Path, state: dict):
     if args.track:
         import wandb
 
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, id=run.name, dir=run,
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, id=run.name, dir=run.parent,
                    resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)  # fmt: skip
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams

@@ -45,6 +45,7 @@ import importlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -52,6 +53,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 import typing
@@ -327,35 +329,50 @@ def make_envs(args: Args, seeds: list[int], training: bool = True, render: bool 
             supported = "Box, Discrete, MultiDiscrete, MultiBinary, Dict and Tuple of these (EnvPool: vectors, images)"
             raise Stop(f"{args.env_id} observes {space}; supported: {supported}")
         envs = gym.wrappers.vector.FlattenObservation(envs)
-    obs, info = envs.reset(seed={"native": seeds[0], "envpool": None}.get(mode, seeds))  # EnvPool has its seeds already
+    with blame(envs, "at its reset"):
+        obs, info = envs.reset(seed={"native": seeds[0], "envpool": None}.get(mode, seeds))  # EnvPool has its seeds
+    check_finite("observation", obs, "at its reset")
     return envs, obs, info
 
 
 def step_envs(envs, actions: Tensor, t: int):
-    """`envs.step`, with continuous actions clipped to their box (the agent keeps them unclipped) and faults named.
-
-    Raises Stop for a NaN or an infinity. What an environment raises itself passes through, with its index noted."""
+    """`envs.step`, with continuous actions clipped to their box (the agent keeps them unclipped) and faults named."""
     space, choice = envs.single_action_space, actions.cpu().numpy()
     if isinstance(space, gym.spaces.Box):
         choice = np.clip(choice, space.low, space.high)
     elif not isinstance(space, gym.spaces.MultiBinary):
         choice = choice + space.start
-    try:
+    with blame(envs, f"at step {t}"):
         obs, rewards, terminated, truncated, info = envs.step(choice.astype(space.dtype, copy=False))
-    except Exception as error:
-        for i, worker in enumerate(getattr(envs.unwrapped, "processes", ())):  # AsyncVectorEnv's
-            worker.join(0.1)
-            if worker.exitcode:
-                raise Stop(f"environment {i}: its process died at step {t}, exit code {worker.exitcode}", 1) from None
-        frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
-        index = [f.get("i") for f in frames if isinstance(f.get("self"), gym.vector.SyncVectorEnv)]
-        error.add_note(f"Raised by environment {index[-1] if index else '(see above)'} at step {t}.")
-        raise
-    for name, values in (("reward", rewards), ("observation", obs)):
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            i = int(np.argwhere(~np.isfinite(values))[0, 0])
-            raise Stop(f"environment {i} gave the {name} {values[i]} at step {t}; nothing was learned from it", 1)
+    check_finite("reward", rewards, f"at step {t}")
+    check_finite("observation", obs, f"at step {t}")
     return obs, rewards, terminated, truncated, info
+
+
+def check_finite(name: str, values: np.ndarray, when: str) -> None:
+    """Stop for a NaN or an infinity, before anything is learned from it."""
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        i = int(np.argwhere(~np.isfinite(values))[0, 0])
+        raise Stop(f"environment {i} gave the {name} {values[i]} {when}; nothing was learned from it", code=1)
+
+
+@contextlib.contextmanager
+def blame(envs, when: str):
+    """Let through what an environment raises, with its index noted; Stop for a worker process that died."""
+    try:
+        yield
+    except Exception as error:
+        envs = envs.unwrapped
+        raisers = [i for i, pipe in enumerate(getattr(envs, "parent_pipes", ())) if pipe is None]  # AsyncVectorEnv's
+        for i, worker in enumerate(getattr(envs, "processes", ())):
+            worker.join(0.1)
+            if not raisers and worker.exitcode is not None:
+                raise Stop(f"environment {i}: its process died {when}, exit code {worker.exitcode}", code=1) from None
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if isinstance(frame.f_locals.get("self"), gym.vector.SyncVectorEnv):
+                raisers = [frame.f_locals["i"]]
+        error.add_note(f"Raised by environment {', '.join(map(str, raisers)) or '(unknown)'} {when}.")
+        raise
 
 
 def agent_config(args: Args, envs) -> dict[str, Any]:
@@ -686,8 +703,10 @@ def train(args: Args) -> Path:
                 metrics = gradient_fn(agent, theta, [*(x[index] for x in batch), advantage], args)
                 history.append(reduce_gradient(theta, metrics, weight))
                 norm = theta.grad.norm()
-                if not norm.isfinite():
-                    raise Stop(f"the gradient's norm is {norm} in iteration {iteration}: lower --learning-rate", code=1)
+                if not (norm + history[-1].sum()).isfinite():
+                    raise Stop(
+                        f"the loss or its gradient is not finite in iteration {iteration}: lower --learning-rate", 1
+                    )
                 theta.grad *= (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
                 adam_step(theta, moments, lr)
             kl = torch.stack(history[-K:])[:, METRICS.index("approx_kl")].mean()
@@ -911,10 +930,12 @@ def open_run(args: Args, agent: Agent, moments: dict, generator: torch.Generator
     if rank == 0 and args.resume:
         state = load_checkpoint(run)
     elif rank == 0:
+        if list(run.glob("checkpoint-*.pt")):
+            raise Stop(f"{run} exists: choose another --run-name, or go on with --resume {run}")
         try:
-            run.mkdir(parents=True)
+            run.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise Stop(f"cannot create {run}: {error.strerror}; to go on with a run, use --resume") from None
+            raise Stop(f"cannot create {run}: {error.strerror}") from None
         write_json(run / "hyperparameters.json", {k: v for k, v in asdict(args).items() if k not in MODES})
     if dist.is_initialized():
         dist.broadcast_object_list(shared := [state])
@@ -977,8 +998,8 @@ def open_log(args: Args, run: Path, state: dict):
     if args.track:
         import wandb
 
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, id=run.name, dir=run.parent,
-                   resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)  # fmt: skip
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, id=run.name,
+                   dir=run.parent, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)  # fmt: skip
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
     from tqdm import tqdm
@@ -1324,7 +1345,9 @@ agent = Agent.from_pretrained("{source}", strict=True)  # agent.act(obs), a tens
 
 
 def on_signal(signum: int, _) -> None:
-    """The first Ctrl-C or SIGTERM stops cleanly, the second at once."""
+    """The first Ctrl-C or SIGTERM stops cleanly, the second at once. A worker's parent decides for it."""
+    if multiprocessing.parent_process():
+        return None if signum == signal.SIGINT else os._exit(0)
     signal.signal(signum, signal.SIG_DFL)
     raise KeyboardInterrupt(signum)
 
@@ -1373,6 +1396,7 @@ def main(argv: list[str] | None = None) -> int:
     """The program; its exit code: 2 for what was known before training, 1 for what failed later, 128 + a signal's."""
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
+    threading.excepthook = lambda _: None  # what stops TensorBoard's thread is raised in this one, too
     args = None
     try:
         run_command(args := named(parse_args(argv)))
@@ -1382,12 +1406,14 @@ def main(argv: list[str] | None = None) -> int:
     except Stop as stop:
         message, code = f"error: {stop}", stop.code
     except Exception as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
+        message, code = "error: out of memory: lower --num-envs, --num-steps or --hidden-sizes", 1
+        if isinstance(error, OSError) and error.errno and not hasattr(error, "__notes__"):  # not an environment's
+            message = f"error: {error.strerror}, in {run_folder(args) if args else Path.cwd()}"
+        elif not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
             error.add_note(how_to_go_on(args))
             raise
-        message, code = "error: out of memory: lower --num-envs, --num-steps or --hidden-sizes", 1
     if code != 2 or os.environ.get("RANK", "0") == "0":  # what every rank knows beforehand, one says
-        print("\n".join(filter(None, (message, how_to_go_on(args)))), file=sys.stderr)
+        print(message, *filter(None, [code != 2 and how_to_go_on(args)]), sep="\n", file=sys.stderr)
     return code
 
 

@@ -262,11 +262,21 @@ def test_evaluation_plays_seeded_environments_as_by_hand(trained):
     assert returns.tolist() == expected
 
 
-def test_evaluation_reports_rewards_as_the_environment_pays_them():
-    args = ppo.Args("Pendulum-v1", clip_reward=True, num_envs=2)
+def play_untrained(env_id, **env_kwargs):
+    """Returns of two episodes, with the flag that clips rewards in training."""
+    torch.manual_seed(0)
+    args = ppo.Args(env_id, env_kwargs, clip_reward=True)
     envs, *_ = ppo.make_envs(args, [1])
-    returns, _ = ppo.evaluate(ppo.Agent(**ppo.agent_config(args, envs)), args, episodes=2)
-    assert (returns < -200).all()  # 200 clipped rewards would sum to -200
+    return ppo.evaluate(ppo.Agent(**ppo.agent_config(args, envs)), args, episodes=2, deterministic=False)[0]
+
+
+def test_evaluation_sums_rewards_as_the_environment_pays_them():
+    assert (play_untrained("Pendulum-v1") < -200).all()  # of 200 steps
+
+
+def test_evaluation_of_atari_gives_the_score_of_the_game():
+    returns = play_untrained("ALE/MsPacman-v5", max_num_frames_per_episode=400)
+    assert (returns > 0).all() and (returns % 10 == 0).all()  # ten points a dot
 
 
 # Video

@@ -1,0 +1,300 @@
+"""A run killed at any moment and resumed ends like one that never was: weights, scores and logs, bit for bit."""
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUICK, ROOT, command, scalars
+from safetensors.torch import load_file
+
+import ppo
+
+RUN = Path("runs", "it")
+RESUME = ["--resume", RUN]
+COMMON = "--run-name it --checkpoint-every 2 --num-minibatches 4 --update-epochs 2 --eval-episodes 4"
+SIZE = "--num-envs 4 --num-steps 64 --total-timesteps 5120 --validation-episodes 2"  # 20 iterations
+FAMILIES = {
+    "CartPole": "--num-envs 32 --num-steps 32 --total-timesteps 20480 --validation-episodes 5",
+    "FrozenLake": f"--env-id FrozenLake-v1 {SIZE} --num-steps 32 --total-timesteps 2560 --norm-reward",
+    "FrozenLake async": f"--env-id FrozenLake-v1 --vectorization async {SIZE} --num-steps 32 --total-timesteps 2560",
+    "LunarLander": f"--env-id LunarLander-v3 {SIZE}",
+    "LunarLander async": f"--env-id LunarLander-v3 --vectorization async {SIZE}",
+    "LunarLander EnvPool": f"--env-id LunarLander-v3 --vectorization envpool {SIZE}",
+    "LunarLander soak": f"--env-id LunarLander-v3 {SIZE} --total-timesteps 25600 --validation-episodes 1",
+    "BipedalWalker": f"--env-id BipedalWalker-v3 {SIZE} --validation-episodes 1 --eval-episodes 1",
+    "Hopper": f"--env-id Hopper-v5 {SIZE}",
+    "Space Invaders": "--env-id ALE/SpaceInvaders-v5 --num-envs 2 --num-steps 4 --total-timesteps 160 "
+                      "--validation-episodes 0 --eval-episodes 1",
+}  # fmt: skip
+
+
+def flags(family):
+    return f"{COMMON} {FAMILIES[family]}".split()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The folder of a family's run that nothing disturbed; each is trained once."""
+
+    @functools.cache
+    def train(family):
+        folder = tmp_path_factory.mktemp("uninterrupted")
+        with contextlib.chdir(folder):
+            assert ppo.main(flags(family)) == 0
+        return folder / RUN
+
+    return train
+
+
+def ending(run):
+    """All that must not depend on whether a run was interrupted."""
+    results = json.loads((run / "results.json").read_text())
+    logs = {tag: [(step, repr(value)) for step, value in log] for tag, log in scalars(run).items()}  # NaN != NaN
+    del logs["charts/SPS"]
+    return logs | {
+        "weights": hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest(),
+        "results": [results[key] for key in ("global_step", "episode_returns", "published", "validation")],
+    }
+
+
+def checkpoints(run=RUN):
+    return sorted(run.glob("checkpoint-*.pt"))
+
+
+def latest(run=RUN):
+    """The iteration of the newest checkpoint; -1 while there is none."""
+    return max((int(path.stem.removeprefix("checkpoint-")) for path in checkpoints(run)), default=-1)
+
+
+def start(*argv, **kwargs):
+    return subprocess.Popen([sys.executable, ROOT / "ppo.py", *argv], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **kwargs)  # fmt: skip
+
+
+def send(signum, argv, reference, iteration):
+    """Start ppo.py; between the checkpoint of that iteration and the next, signal it; (exit code, standard error)."""
+    interval = 2 * json.loads((reference / "results.json").read_text())["training_seconds"] / latest(reference)
+    process = start(*argv)
+    process.stdout.readline()  # "run: ...": it has begun
+    while latest() < iteration and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, interval))
+    process.send_signal(signum)
+    _, error = process.communicate(timeout=60)
+    return process.returncode, error
+
+
+KILLS = [("CartPole", 1), ("CartPole", 3), ("FrozenLake async", 1)]
+SLOW_KILLS = [("FrozenLake", 1), ("LunarLander", 3), ("LunarLander async", 1), ("LunarLander EnvPool", 1),
+              ("BipedalWalker", 1), ("Hopper", 1), ("Space Invaders", 1), ("LunarLander soak", 20)]  # fmt: skip
+
+
+@pytest.mark.parametrize("family, kills", KILLS + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_KILLS])
+def test_a_run_killed_at_random_moments_and_resumed_ends_as_if_nothing_had_happened(family, kills, uninterrupted):
+    reference, argv = uninterrupted(family), flags(family)
+    iterations = ppo.parse_args(argv).num_iterations
+    for iteration in sorted(random.choices(range(0, iterations * 6 // 10, 2), k=kills)):
+        code, error = send(signal.SIGKILL, argv, reference, iteration)
+        assert code == -signal.SIGKILL, error
+        argv = RESUME
+    process = command(*RESUME)
+    assert process.returncode == 0, process.stderr
+    assert ending(RUN) == ending(reference)
+    assert len({step for step, _ in scalars(RUN)["charts/learning_rate"]}) == iterations
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_told_to_stop_stops_cleanly_says_how_to_go_on_and_goes_on_exactly(signum, code, uninterrupted):
+    reference = uninterrupted("CartPole")
+    stopped, error = send(signum, flags("CartPole"), reference, iteration=8)
+    assert stopped == code
+    assert error.endswith(f"python ppo.py --resume {RUN}\n") and "Traceback" not in error
+    process = command(*RESUME)
+    assert process.returncode == 0, process.stderr
+    assert ending(RUN) == ending(reference)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    world = "import atexit, time, gymnasium\natexit.register(time.sleep, 60)\n" \
+            "gymnasium.register('Slow-v0', gymnasium.spec('CartPole-v1').entry_point, max_episode_steps=9)"  # fmt: skip
+    Path("slow_to_leave.py").write_text(world)
+    process = start("--env-id", "slow_to_leave:Slow-v0", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    while "stopped" not in (line := process.stderr.readline()):
+        assert line, "it ended without a word"
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=5)
+    assert process.returncode == -signal.SIGINT
+
+
+# A finished run, and what a kill just before its last checkpoint or its results would have left
+
+
+@pytest.fixture
+def finished(uninterrupted):
+    return Path(shutil.copytree(uninterrupted("CartPole"), RUN))
+
+
+@pytest.fixture
+def unfinished(finished):
+    for name in ("results.json", "model.safetensors", "README.md"):
+        (finished / name).unlink()
+    return finished
+
+
+def rewrite(path, **changes):
+    """Change a checkpoint's state and leave its checksum valid."""
+    state = torch.load(io.BytesIO(path.read_bytes()[:-32]), weights_only=True)
+    seal(path, state | changes)
+
+
+def seal(path, state):
+    torch.save(state, buffer := io.BytesIO())
+    path.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+
+
+def test_only_the_last_two_checkpoints_are_kept(finished):
+    assert [path.name for path in checkpoints()] == ["checkpoint-00000018.pt", "checkpoint-00000020.pt"]
+
+
+def test_resuming_a_finished_run_does_nothing_and_says_so(finished, main):
+    before = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
+    code, out, err = main(*RESUME)
+    assert code == 0
+    assert "finished" in out + err
+    assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == before
+
+
+def test_a_run_killed_after_its_last_checkpoint_is_only_evaluated(unfinished, uninterrupted, main):
+    assert main(*RESUME)[0] == 0
+    assert ending(RUN) == ending(uninterrupted("CartPole"))
+
+
+CHANGES = ["env-id CartPole-v1 -> FrozenLake-v1", "learning-rate 0.002 -> 0.1", "seed 1 -> 2", "num-envs 32 -> 64",
+           "checkpoint-every 2 -> 3", "gamma 0.98 -> 0.9", "validation-episodes 5 -> 0"]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_resuming_as_another_run_is_refused_with_the_difference(change, unfinished, main):
+    name, _, _, value = change.split()
+    code, _, err = main(*RESUME, f"--{name}", value)
+    assert code == 2
+    assert f"--{change}" in err
+    assert "--device" in err and "--track" in err  # what may change
+    assert len(err.splitlines()) == 1
+
+
+def test_the_device_may_change(unfinished, uninterrupted, main):
+    assert main(*RESUME, "--device", "cpu")[0] == 0
+    assert ending(RUN) == ending(uninterrupted("CartPole"))
+
+
+@pytest.mark.parametrize("name, value", [("threads", 7), ("torch", "1.0"), ("device", "cuda"), ("ranks", 2)])
+def test_a_difference_that_ends_exactness_is_said_aloud(name, value, unfinished, main):
+    settings = ppo.load_checkpoint(RUN)["settings"]
+    rewrite(checkpoints()[-1], settings=settings | {name: value})
+    code, _, err = main(*RESUME)
+    assert code == 0
+    assert f"{name} {value} -> {settings[name]}" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_resume_under_equal_circumstances_warns_of_nothing(unfinished, main):
+    assert main(*RESUME)[2] == ""
+
+
+DAMAGES = {
+    "one byte flipped": lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:],
+    "truncated": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(damage, unfinished, uninterrupted, main):
+    newest = checkpoints()[-1]
+    newest.write_bytes(damage(newest.read_bytes()))
+    code, _, err = main(*RESUME)
+    assert code == 0
+    assert str(newest) in err and len(err.splitlines()) == 1
+    assert ending(RUN) == ending(uninterrupted("CartPole"))
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_in_one_line(unfinished, main):
+    newest = checkpoints()[-1]
+    rewrite(newest, version=ppo.VERSION + 1)
+    code, _, err = main(*RESUME)
+    assert code == 2
+    assert str(newest) in err and "newer" in err and len(err.splitlines()) == 1
+
+
+def test_a_checkpoint_that_carries_code_runs_nothing(unfinished, uninterrupted, main):
+    class Payload:
+        def __reduce__(self):
+            return os.system, ("touch it_ran",)
+
+    newest = checkpoints()[-1]
+    seal(newest, {"version": ppo.VERSION, "iteration": Payload()})
+    code, _, err = main(*RESUME)
+    assert not Path("it_ran").exists()
+    assert code == 0 and str(newest) in err
+    assert ending(RUN) == ending(uninterrupted("CartPole"))
+
+
+# Best and last
+
+
+@pytest.mark.parametrize("scores, best", [((1, 3, 2), 1), ((1, 3, 3), 2), ((3, 3, 2), 1), ((-5, -5, -9), 1)])
+def test_the_best_checkpoint_is_published_and_a_tie_goes_to_the_newer(scores, best, main, monkeypatch):
+    agents, evaluate = [], ppo.evaluate
+
+    def scripted(agent, args, episodes, stream, *rest):
+        if stream != ppo.VALIDATION:
+            return evaluate(agent, args, episodes, stream, *rest)
+        agents.append({name: value.clone() for name, value in agent.state_dict().items()})
+        return np.full((2, episodes), scores[len(agents) - 1])
+
+    monkeypatch.setattr(ppo, "evaluate", scripted)
+    assert main(*QUICK, "--total-timesteps", 3072, "--checkpoint-every", 2, "--run-name", "it")[0] == 0
+    results = json.loads((RUN / "results.json").read_text())
+    published = load_file(RUN / "model.safetensors")
+    assert all(published[name].equal(value) for name, value in agents[best].items())
+    assert results["validation"] == {"best": scores[best], "last": scores[-1]}
+    assert results["published"] == ("last" if best == 2 else f"best (iteration {2 * best + 2})")
+    assert results["published"] in (RUN / "README.md").read_text()
+
+
+def test_validation_does_not_touch_the_random_numbers_of_training(main):
+    for episodes in (0, 5):
+        argv = ["--validation-episodes", episodes, "--checkpoint-every", 1, "--run-name", f"validated-{episodes}"]
+        assert main(*QUICK, *argv)[0] == 0
+    without, with_it = (ppo.load_checkpoint(Path("runs", f"validated-{episodes}")) for episodes in (0, 5))
+    assert without["generators"][0].equal(with_it["generators"][0])
+    assert all(with_it["agent"][name].equal(value) for name, value in without["agent"].items())
+    assert json.loads(Path("runs/validated-0/results.json").read_text())["validation"] is None
+
+
+def test_validation_and_the_final_report_use_different_seeds():
+    assert not set(ppo.seeds(1, ppo.VALIDATION, n=1000)) & set(ppo.seeds(1, ppo.EVALUATION, n=1000))
+
+
+def test_validating_the_same_agent_again_gives_the_same_score_where_a_world_survives_its_reset():
+    args = ppo.Args(env_id="BipedalWalker-v3")
+    envs, *_ = ppo.make_envs(args, [1])
+    agent = ppo.Agent(**ppo.agent_config(args, envs))
+    first, again = (ppo.evaluate(agent, args, 2, ppo.VALIDATION)[0] for _ in range(2))
+    assert first.tolist() == again.tolist()

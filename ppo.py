@@ -888,7 +888,7 @@ def conforms(value: Any, hint: Any) -> bool:
         return value in inner
     if origin is not None:  # a union
         return any(conforms(value, h) for h in inner)
-    return type(value) is hint if hint is not float else type(value) in (int, float) and math.isfinite(value)
+    return type(value) is hint if hint is not float else type(value) in (int, float) and -HUGE <= value <= HUGE
 
 
 def load_args(folder: Path, source: str | None = None) -> Args:
@@ -998,8 +998,8 @@ def open_log(args: Args, run: Path, state: dict):
     if args.track:
         import wandb
 
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, id=run.name,
-                   dir=run.parent, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)  # fmt: skip
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run.name, "id": run.name}
+        wandb.init(**names, dir=run.parent, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
     from tqdm import tqdm

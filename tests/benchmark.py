@@ -38,7 +38,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import ppo
+import ppo  # noqa: E402
 
 CLEANRL = "--num-envs 4 --num-steps 128 --num-minibatches 4 --update-epochs 4 --learning-rate 2.5e-4 --gamma 0.99 " \
           "--gae-lambda 0.95 --clip-vloss"  # fmt: skip

@@ -1,5 +1,6 @@
 """The command line: defaults that fit the environment, flags that win, and one clear message for every bad input."""
 
+import importlib
 import inspect
 import json
 import re
@@ -184,8 +185,11 @@ def test_an_unknown_env_kwarg_is_named(refused):
     ],
 )
 def test_a_missing_extra_comes_with_its_pip_command(missing, remedy, argv, refused, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith(("gymnasium.envs.mujoco.", "gymnasium.envs.box2d."))]:
-        monkeypatch.delitem(sys.modules, name)  # they import their extra once, when they are imported
+    families = ("gymnasium.envs.mujoco", "gymnasium.envs.box2d")  # each imports its extra once, when it is imported
+    importlib.import_module("gymnasium.envs.mujoco.half_cheetah_v5")
+    importlib.import_module("gymnasium.envs.box2d.lunar_lander")
+    for name in [name for name in sys.modules if name.startswith(families)]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     assert remedy in refused(*argv)
 

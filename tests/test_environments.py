@@ -20,13 +20,9 @@ SHORT = {"total_timesteps": 384, "num_envs": 2, "num_steps": 64, "num_minibatche
 AT_ONCE = ["--num-envs", "2", "--num-steps", "8", "--total-timesteps", "16", "--eval-episodes", "1"]
 
 
-def short_args(env_id="CartPole-v1", **settings):
-    return ppo.Args(env_id=env_id, **(ppo.preset(env_id)[1] | SHORT | {"run_name": "short"} | settings))
-
-
 def train(env_id="CartPole-v1", **settings):
     """Three short iterations, unless told otherwise, with the rest of the environment's preset: the run's folder."""
-    return ppo.train(short_args(env_id, **settings))
+    return ppo.train(ppo.Args(env_id=env_id, **(ppo.preset(env_id)[1] | SHORT | {"run_name": "short"} | settings)))
 
 
 def assert_learned(run):
@@ -232,7 +228,9 @@ def test_continuous_actions_are_clipped_for_the_environment_only(shape, register
 
 
 @pytest.mark.parametrize(
-    "space", [Text(5), Sequence(Discrete(2)), Graph(Discrete(2), None), Dict(word=Text(5))], ids=str
+    "space",
+    [Text(5, charset="ab"), Sequence(Discrete(2)), Graph(Discrete(2), None), Dict(word=Text(5, charset="ab"))],
+    ids=str,
 )
 def test_an_observation_space_that_is_not_supported_is_named_in_one_line(space, main, register):
     code, _, err = main("--env-id", register(lambda: Anything(space, Discrete(2), [])), *AT_ONCE)
@@ -240,7 +238,9 @@ def test_an_observation_space_that_is_not_supported_is_named_in_one_line(space, 
     assert str(space) in err and "supported: Box, Discrete, MultiDiscrete, MultiBinary" in err
 
 
-@pytest.mark.parametrize("space", [Text(5), Dict(a=Discrete(2)), Tuple([Discrete(2)]), Box(0, 9, (2,), int)], ids=str)
+@pytest.mark.parametrize(
+    "space", [Text(5, charset="ab"), Dict(a=Discrete(2)), Tuple([Discrete(2)]), Box(0, 9, (2,), int)], ids=str
+)
 def test_an_action_space_that_is_not_supported_is_named_in_one_line(space, main, register):
     code, _, err = main("--env-id", register(lambda: Anything(Box(-1, 1, (2,)), space, [])), *AT_ONCE)
     assert (code, err.count("\n")) == (2, 1)

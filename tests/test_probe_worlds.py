@@ -13,7 +13,7 @@ TERMINATED, TRUNCATED = "terminated", "truncated"
 
 
 class World(gym.Env):
-    """Observes one number, drawn from `starts` at first; rules(obs, action) -> next obs, reward, how it ends or None."""
+    """Observes one number, drawn from `starts` at first; rules(obs, action) -> next obs, reward, its end or None."""
 
     observation_space = gym.spaces.Box(-100, 100, (1,))
     action_space = gym.spaces.Discrete(2)

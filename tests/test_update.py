@@ -61,7 +61,7 @@ torch.set_num_threads(1)  # at these sizes a second thread only gets in the way
 
 def quick(iterations=1, env_id="update/Noise-v0", **kwargs):
     settings = {"num_steps": 16, "num_envs": 4, "num_minibatches": 2, "update_epochs": 3, "learning_rate": 1e-2,
-                "hidden_sizes": (8,), "validation_episodes": 0, "checkpoint_every": 1000, "run_name": "run"}  # fmt: skip
+                "hidden_sizes": (8,), "validation_episodes": 0, "checkpoint_every": 999, "run_name": "run"}  # fmt: skip
     return ppo.Args(env_id=env_id, total_timesteps=iterations * B, **settings | kwargs)
 
 

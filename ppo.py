@@ -41,7 +41,7 @@ images. Where it departs from CleanRL, whose flags it keeps:
 import contextlib
 import fnmatch
 import hashlib
-import importlib
+import importlib.metadata
 import io
 import json
 import math
@@ -926,11 +926,13 @@ def open_run(args: Args, agent: Agent, moments: dict, generator: torch.Generator
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     here = {"python": platform.python_version(), "torch": str(torch.__version__), "gymnasium": gym.__version__,
             "numpy": np.__version__, "device": device, "threads": torch.get_num_threads(), "ranks": world}  # fmt: skip
+    simulators = [name for name in ("Box2D", "mujoco", "ale_py", "envpool") if name in sys.modules]
+    here |= {name: importlib.metadata.version(name) for name in simulators}
     state: dict[str, Any] = {"iteration": 0, "global_step": 0, "seconds": 0.0, "best": {"score": -math.inf}}
     if rank == 0 and args.resume:
         state = load_checkpoint(run)
     elif rank == 0:
-        if list(run.glob("checkpoint-*.pt")):
+        if list(run.glob("checkpoint-*.pt")) or (run / "results.json").exists():
             raise Stop(f"{run} exists: choose another --run-name, or go on with --resume {run}")
         try:
             run.mkdir(parents=True, exist_ok=True)
@@ -1120,8 +1122,8 @@ def finish(args: Args, run: Path) -> None:
         if (source := Path(__file__).with_name(file)).exists():
             write_file(run / file, source.read_bytes())
     hide_host(run)
-    write_json(run / "results.json", results)
-    write_file(run / "README.md", model_card(args, run, args.repo_id or f"runs/{run.name}").encode())
+    write_file(run / "README.md", model_card(args, run, args.repo_id or f"runs/{run.name}", results).encode())
+    write_json(run / "results.json", results)  # last: it says that the run is finished
 
 
 # ---- Sharing: what is pushed is what was saved, loaded again and evaluated; what is downloaded is not trusted --------
@@ -1236,7 +1238,8 @@ def push(args: Args, run: Path) -> None:
         f"the push to {args.repo_id}", f"The run is safe in {run}. Check your login and try again: {retry}", 1
     ):
         repo_id = claim_repo(args)
-        write_file(run / "README.md", model_card(args, run, repo_id).encode())
+        results = json.loads((run / "results.json").read_text())
+        write_file(run / "README.md", model_card(args, run, repo_id, results).encode())
         url = HfApi().upload_folder(repo_id=repo_id, folder_path=run, commit_message=f"PPO plays {args.env_id}",
                                     allow_patterns=PUBLISHED, delete_patterns=["*tfevents*", "replay.mp4"])  # fmt: skip
     print(f"pushed: {url}")
@@ -1275,11 +1278,10 @@ def sparkline(run: Path, width: int = 40) -> str:
     return f"{means[0]:.1f} {''.join('▁▂▃▄▅▆▇█'[round(h)] for h in heights)} {means[-1]:.1f}"
 
 
-def model_card(args: Args, run: Path, source: str) -> str:
+def model_card(args: Args, run: Path, source: str, r: dict[str, Any]) -> str:
     """README.md of the repo: metadata as the Hub's leaderboards read it, then the text for people."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    r = json.loads((run / "results.json").read_text())
     score, other = (f"{r[k + 'mean_reward']:.2f} +/- {r[k + 'std_reward']:.2f}" for k in ("", "other_"))
     how = ("greedy", "sampled") if r["deterministic"] else ("sampled", "greedy")
     task = "reinforcement-learning"
@@ -1289,7 +1291,8 @@ def model_card(args: Args, run: Path, source: str) -> str:
     data = ModelCardData(model_name=f"PPO-{args.env_id}", library_name="ppo", pipeline_tag=task, tags=tags,
                          eval_results=[result])  # fmt: skip
     machine = "{device}, {threads} threads of {cores} cores ({machine}), {ranks} ranks".format(**r["settings"])
-    versions = ", ".join(f"{k} {r['settings'][k]}" for k in ("python", "torch", "gymnasium", "numpy"))
+    apart = ("device", "threads", "cores", "machine", "ranks")
+    versions = ", ".join(f"{name} {version}" for name, version in r["settings"].items() if name not in apart)
     rows = "\n".join(f"| `{flag(k)}` | {v} |" for k, v in asdict(args).items() if k not in FREE)
     video = "`replay.mp4` shows one greedy episode." if (run / "replay.mp4").exists() else ""
     text = f"""
@@ -1394,9 +1397,6 @@ def how_to_go_on(args: Args | None) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The program; its exit code: 2 for what was known before training, 1 for what failed later, 128 + a signal's."""
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    threading.excepthook = lambda _: None  # what stops TensorBoard's thread is raised in this one, too
     args = None
     try:
         run_command(args := named(parse_args(argv)))
@@ -1418,4 +1418,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    threading.excepthook = lambda _: None  # what stops TensorBoard's thread is raised in the main one, too
     sys.exit(main())

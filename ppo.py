@@ -338,15 +338,15 @@ def make_envs(args: Args, seeds: list[int], training: bool = True, render: bool 
 
 def step_envs(envs, actions: Tensor, t: int):
     """`envs.step`, with continuous actions clipped to their box (the agent keeps them unclipped) and faults named."""
-    space, choice = envs.single_action_space, actions.cpu().numpy()
+    space, choice, when = envs.single_action_space, actions.cpu().numpy(), f"at step {t}"
     if isinstance(space, gym.spaces.Box):
         choice = np.clip(choice, space.low, space.high)
     elif not isinstance(space, gym.spaces.MultiBinary):
         choice = choice + space.start
-    with blame(envs, f"at step {t}"):
+    with blame(envs, when):
         obs, rewards, terminated, truncated, info = envs.step(choice.astype(space.dtype, copy=False))
-    check_finite("reward", rewards, f"at step {t}")
-    check_finite("observation", obs, f"at step {t}")
+    check_finite("reward", rewards, when)
+    check_finite("observation", obs, when)
     return obs, rewards, terminated, truncated, info
 
 
@@ -705,9 +705,10 @@ def train(args: Args) -> Path:
                     )
                 theta.grad *= (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
                 adam_step(theta, moments, lr)
-            kl = torch.stack(history[-K:])[:, METRICS.index("approx_kl")].mean()
-            if args.target_kl is not None and kl > args.target_kl:
-                break
+            if args.target_kl is not None:
+                kl = torch.stack(history[-K:])[:, METRICS.index("approx_kl")].mean()
+                if kl > args.target_kl:
+                    break
         if args.norm_reward:
             agent.return_stats.update(to_torch(accumulate(rewards, done, discounted, args.gamma)[valid], device))
         if args.norm_obs:

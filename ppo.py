@@ -330,8 +330,11 @@ def make_envs(args: Args, seeds: list[int], training: bool = True, render: bool 
             supported = "Box, Discrete, MultiDiscrete, MultiBinary, Dict and Tuple of these (EnvPool: vectors, images)"
             raise Stop(f"{args.env_id} observes {space}; supported: {supported}")
         envs = gym.wrappers.vector.FlattenObservation(envs)
-    with blame(envs, "at its reset"):
+    try:
         obs, info = envs.reset(seed={"native": seeds[0], "envpool": None}.get(mode, seeds))  # EnvPool has its seeds
+    except Exception as error:
+        blame(envs, error, "at its reset")
+        raise
     check_finite("observation", obs, "at its reset")
     return envs, obs, info
 
@@ -343,8 +346,11 @@ def step_envs(envs, actions: Tensor, t: int):
         choice = np.clip(choice, space.low, space.high)
     elif not isinstance(space, gym.spaces.MultiBinary):
         choice = choice + space.start
-    with blame(envs, when):
+    try:
         obs, rewards, terminated, truncated, info = envs.step(choice.astype(space.dtype, copy=False))
+    except Exception as error:
+        blame(envs, error, when)
+        raise
     check_finite("reward", rewards, when)
     check_finite("observation", obs, when)
     return obs, rewards, terminated, truncated, info
@@ -357,23 +363,18 @@ def check_finite(name: str, values: np.ndarray, when: str) -> None:
         raise Stop(f"environment {i} gave the {name} {values[i]} {when}; nothing was learned from it", code=1)
 
 
-@contextlib.contextmanager
-def blame(envs, when: str):
-    """Let through what an environment raises, with its index noted; Stop for a worker process that died."""
-    try:
-        yield
-    except Exception as error:
-        envs = envs.unwrapped
-        raisers = [i for i, pipe in enumerate(getattr(envs, "parent_pipes", ())) if pipe is None]  # AsyncVectorEnv's
-        for i, worker in enumerate(getattr(envs, "processes", ())):
-            worker.join(0.1)
-            if not raisers and worker.exitcode is not None:
-                raise Stop(f"environment {i}: its process died {when}, exit code {worker.exitcode}", code=1) from None
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            if isinstance(frame.f_locals.get("self"), gym.vector.SyncVectorEnv):
-                raisers = [frame.f_locals["i"]]
-        error.add_note(f"Raised by environment {', '.join(map(str, raisers)) or '(unknown)'} {when}.")
-        raise
+def blame(envs, error: Exception, when: str) -> None:
+    """Note on an environment's error which environment raised it; Stop if its process died."""
+    envs = envs.unwrapped
+    raisers = [i for i, pipe in enumerate(getattr(envs, "parent_pipes", ())) if pipe is None]  # AsyncVectorEnv's
+    for i, worker in enumerate(getattr(envs, "processes", ())):
+        worker.join(0.1)
+        if not raisers and worker.exitcode is not None:
+            raise Stop(f"environment {i}: its process died {when}, exit code {worker.exitcode}", code=1) from None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if isinstance(frame.f_locals.get("self"), gym.vector.SyncVectorEnv):
+            raisers = [frame.f_locals["i"]]
+    error.add_note(f"Raised by environment {', '.join(map(str, raisers)) or '(unknown)'} {when}.")
 
 
 def agent_config(args: Args, envs) -> dict[str, Any]:
@@ -607,11 +608,12 @@ def ppo_loss(agent: Callable, obs, actions, logprobs, values, returns, advantage
     logratio = new_logprobs - logprobs
     pg_loss = policy_loss(logratio, advantages, args.clip_coef)
     v_loss = value_loss(new_values, values, returns, args.clip_coef if args.clip_vloss else None)
-    loss = pg_loss - args.ent_coef * entropy.mean() + args.vf_coef * v_loss
+    entropy = entropy.mean()
+    loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
     with torch.no_grad():  # KL(old || new) as k1 and, with less noise, as k3 of joschu.net/blog/kl-approx.html
         ratio = logratio.exp()
         kl, clipfrac = (ratio - 1 - logratio).mean(), ((ratio - 1).abs() > args.clip_coef).float().mean()
-        return loss, torch.stack([pg_loss, v_loss, entropy.mean(), -logratio.mean(), kl, clipfrac])
+        return loss, torch.stack([pg_loss, v_loss, entropy, -logratio.mean(), kl, clipfrac])
 
 
 def compute_gradient(agent: Agent, theta: nn.Parameter, minibatch: list[Tensor], args: Args) -> Tensor:
@@ -667,9 +669,9 @@ def train(args: Args) -> Path:
         obs[0], lives[0] = obs[T], lives[T]
         noise = agent.sample_noise(T, N, generator=generator)
         with torch.inference_mode():
-            for t in range(T):
-                actions[t] = agent.act(obs[t], noise[t])
-                step = step_envs(envs, actions[t], iteration * T + t)
+            for t, eps in enumerate(noise):
+                actions[t] = action = agent.act(obs[t], eps)
+                step = step_envs(envs, action, iteration * T + t)
                 next_obs, rewards[t], terminated[t], truncated[t], info = step
                 obs[t + 1] = to_torch(next_obs, device)
                 if args.episodic_life:

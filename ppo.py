@@ -641,14 +641,13 @@ def train(args: Args) -> Path:
     theta = flatten(agent)
     moments = {"mean": torch.zeros_like(theta), "square": torch.zeros_like(theta), "step": torch.zeros_like(theta[0])}
     generator = torch.Generator(device).manual_seed(seeds(args.seed, SAMPLING, rank)[0])
-    gradient_fn = compile_gradient(args, agent, theta) if args.compile else compute_gradient
-    run, state = open_run(args, agent, moments, generator)  # state: iteration, global_step, seconds, best
-    writer, bar, recent = open_log(args, run, state) if rank == 0 else (None, None, None)
-    every = args.checkpoint_every or default_interval(args)
-
     obs = torch.zeros(T + 1, N, *agent.obs_shape, dtype=torch.uint8 if agent.image else None, device=device)
     actions = torch.zeros(T, N, *agent.action_shape, dtype=torch.int64 if agent.nvec else None, device=device)
     rewards, lives, (terminated, truncated) = np.zeros((T, N)), np.zeros((T + 1, N)), np.zeros((2, T, N), dtype=bool)
+    gradient_fn = compile_gradient(args, agent, theta, obs, actions) if args.compile else compute_gradient
+    run, state = open_run(args, agent, moments, generator)  # state: iteration, global_step, seconds, best
+    writer, bar, recent = open_log(args, run, state) if rank == 0 else (None, None, None)
+    every = args.checkpoint_every or default_interval(args)
 
     for iteration in range(state["iteration"], args.num_iterations + 1):
         if iteration % every == 0 or iteration == args.num_iterations:
@@ -702,9 +701,7 @@ def train(args: Args) -> Path:
                 history.append(reduce_gradient(theta, metrics, weight))
                 norm = theta.grad.norm()
                 if not (norm + history[-1].sum()).isfinite():
-                    raise Stop(
-                        f"the loss or its gradient is not finite in iteration {iteration}: lower --learning-rate", 1
-                    )
+                    raise Stop(f"loss or gradient not finite in iteration {iteration}: lower --learning-rate", code=1)
                 theta.grad *= (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
                 adam_step(theta, moments, lr)
             if args.target_kl is not None:
@@ -732,8 +729,6 @@ def train(args: Args) -> Path:
     if rank == 0:
         writer.close()
         bar.close()
-        if args.track:
-            importlib.import_module("wandb").finish()
         published = Agent(**config)
         published.load_state_dict(state["best"]["agent"])
         published.save_pretrained(run)
@@ -783,9 +778,14 @@ def to_torch(x: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def join_ranks(args: Args) -> tuple[int, int]:
+def ranks() -> tuple[int, int]:
     """(rank, world size) as torchrun set them, or (0, 1)."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_ranks(args: Args) -> tuple[int, int]:
+    """Open the connection between the ranks, where there are several; (rank, world size)."""
+    rank, world = ranks()
     if args.num_envs % world or args.batch_size // world % args.num_minibatches:
         raise Stop(f"--num-envs {args.num_envs}, and the rows of a minibatch, must be multiples of {world} ranks")
     if world > 1 and not dist.is_initialized():
@@ -809,8 +809,8 @@ def reduce_gradient(theta: nn.Parameter, metrics: Tensor, weight: float) -> Tens
     return metrics
 
 
-def compile_gradient(args: Args, agent: Agent, theta: nn.Parameter) -> Callable:
-    """compute_gradient as a single graph, without autograd at run time. Compiled at once, on zeros, and timed apart."""
+def compile_gradient(args: Args, agent: Agent, theta: nn.Parameter, obs: Tensor, actions: Tensor) -> Callable:
+    """compute_gradient as a single graph, without autograd at run time. Compiled at once, for minibatches of these."""
     if theta.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise Stop("--compile needs a C++ compiler, and g++ is not on the PATH: install it, or leave --compile out")
     names, parameters = zip(*agent.named_parameters())
@@ -827,14 +827,11 @@ def compile_gradient(args: Args, agent: Agent, theta: nn.Parameter) -> Callable:
         theta.grad.copy_(gradient)
         return metrics
 
-    M, started = args.batch_size // args.num_minibatches // int(os.environ.get("WORLD_SIZE", 1)), time.perf_counter()
-    kinds = (
-        (agent.obs_shape, torch.uint8 if agent.image else None),
-        (agent.action_shape, torch.int64 if agent.nvec else None),
-    )
-    rows = [torch.zeros(M, *shape, dtype=dtype, device=theta.device) for shape, dtype in kinds]
+    M, started = math.prod(actions.shape[:2]) // args.num_minibatches, time.perf_counter()
+    rows = [x.flatten(0, 1)[:M] for x in (obs, actions)]
     compiled(agent, theta, [*rows, *torch.zeros(4, M, device=theta.device)], args)
-    print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
+    if ranks()[0] == 0:
+        print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
     return compiled
 
 
@@ -922,7 +919,7 @@ def default_interval(args: Args) -> int:
 def open_run(args: Args, agent: Agent, moments: dict, generator: torch.Generator) -> tuple[Path, dict[str, Any]]:
     """The run's folder and the state to start from: a new one, or with --resume the checkpoint's, put in place."""
     run, device = run_folder(args), generator.device.type
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = ranks()
     here = {"python": platform.python_version(), "torch": str(torch.__version__), "gymnasium": gym.__version__,
             "numpy": np.__version__, "device": device, "threads": torch.get_num_threads(), "ranks": world}  # fmt: skip
     simulators = [name for name in ("Box2D", "mujoco", "ale_py", "envpool") if name in sys.modules]
@@ -1110,6 +1107,8 @@ def play(args: Args, folder: Path, agent: Agent) -> dict[str, Any]:
 
 def finish(args: Args, run: Path) -> None:
     """After training: evaluate what was saved, and leave results, card and all else that a push needs."""
+    if args.track:
+        importlib.import_module("wandb").finish()
     agent, state = load_agent(run, args), load_checkpoint(run)
     results = play(args, run, agent)
     other, _ = evaluate(agent, args, args.eval_episodes, EVALUATION, not args.deterministic)
@@ -1373,19 +1372,19 @@ def run_command(args: Args) -> None:
     elif args.resume and (Path(args.resume) / "results.json").exists():
         print(f"{args.resume} is finished already: nothing to do")
     else:
-        main_rank = os.environ.get("RANK", "0") == "0"
+        rank, _ = ranks()
         if args.track:
             try:
                 importlib.import_module("wandb")
             except ImportError:
                 raise Stop("--track needs Weights & Biases: pip install wandb") from None
-        if args.repo_id and main_rank:  # no hour of training shall be lost to a token
+        if args.repo_id and rank == 0:  # no hour of training shall be lost to a token
             with one_line(f"access to {args.repo_id}", LOGIN):
                 claim_repo(args)
         run = train(args)
         if dist.is_initialized():
             dist.destroy_process_group()
-        if main_rank:
+        if rank == 0:
             finish(args, run)
             if args.repo_id:
                 push(args, run)
@@ -1416,7 +1415,7 @@ def main(argv: list[str] | None = None) -> int:
         elif not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
             error.add_note(how_to_go_on(args))
             raise
-    if code != 2 or os.environ.get("RANK", "0") == "0":  # what every rank knows beforehand, one says
+    if code != 2 or ranks()[0] == 0:  # what every rank knows beforehand, one says
         print(message, *filter(None, [code != 2 and how_to_go_on(args)]), sep="\n", file=sys.stderr)
     return code
 

@@ -131,14 +131,16 @@ def floors(args):
     envs, obs, _ = ppo.make_envs(args, ppo.seeds(args.seed, ppo.TRAINING, n=args.num_envs))
     config = ppo.agent_config(args, envs)
     ppo.choose_device(args, config)  # sets the number of threads
-    choices, M = cycle([envs.action_space.sample() for _ in range(100)]), args.batch_size // args.num_minibatches
+    choices, B = cycle([envs.action_space.sample() for _ in range(100)]), args.batch_size
+    M = B // args.num_minibatches
     agent = ppo.Agent(**config)
     theta = ppo.flatten(agent)
     moments = {"mean": torch.zeros_like(theta), "square": torch.zeros_like(theta), "step": torch.zeros_like(theta[0])}
-    data = torch.as_tensor(obs)[torch.arange(M) % len(obs)]
+    data = torch.as_tensor(obs)[torch.arange(B) % len(obs)]
     with torch.no_grad():
         actions, logprobs, _, values = agent.get_action_and_value(data)
-    minibatch = [data, actions, logprobs, values, values + torch.randn_like(values), torch.randn_like(values)]
+    batch = [data, actions, logprobs, values, values + torch.randn_like(values), torch.randn_like(values)]
+    minibatch = [x[:M].clone() for x in batch]
 
     def step(gradient_fn):
         gradient_fn(agent, theta, minibatch, args)
@@ -156,7 +158,7 @@ def floors(args):
             times.append((time.perf_counter() - started) / 20)
         return statistics.median(times)
 
-    compiled = ppo.compile_gradient(args, agent, theta)
+    compiled = ppo.compile_gradient(args, agent, theta, data.unsqueeze(1), actions.unsqueeze(1))
     updates = [seconds(partial(step, loss_fn)) * args.update_epochs / M for loss_fn in (ppo.compute_gradient, compiled)]
     return seconds(lambda: envs.step(next(choices))) / args.num_envs, *updates
 

@@ -294,7 +294,7 @@ def make_envs(args: Args, seeds: list[int], training: bool = True, render: bool 
     Evaluation uses Gymnasium's own environment in this process, whatever trained the agent. Observations other than
     images come as vectors, discrete ones as one-hot. Raises Stop for what cannot be made or is not supported."""
     module, _, env_id = args.env_id.rpartition(":")
-    atari, kwargs, mode = env_id.startswith("ALE/"), dict(args.env_kwargs), args.vectorization
+    atari, mode, kwargs = env_id.startswith("ALE/"), args.vectorization, dict[str, Any](args.env_kwargs)
     if render and not atari:  # ALE's vector environment does not render
         kwargs["render_mode"] = "rgb_array"
     try:
@@ -401,6 +401,10 @@ def agent_config(args: Args, envs) -> dict[str, Any]:
 class RunningMeanStd(nn.Module):
     """Mean and variance of all rows seen so far, over all ranks; float64, merged as in Chan et al. (1979)."""
 
+    count: Tensor
+    mean: Tensor
+    var: Tensor
+
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()
         for name, value in (("count", 0.0), ("mean", 0.0), ("var", 1.0)):
@@ -467,18 +471,18 @@ class Agent(nn.Module, PyTorchModelHubMixin):
         super().__init__()
         self.obs_shape, self.action_shape, self.nvec, self.norm_obs = obs_shape, action_shape, nvec, norm_obs
         self.image = len(obs_shape) == 3
-        self.trunk, features, outputs = nn.Identity(), obs_shape[0], sum(nvec) if nvec else math.prod(action_shape)
+        features, self.outputs = obs_shape[0], sum(nvec) if nvec else math.prod(action_shape)
         if self.image:
             self.channels_last = obs_shape[-1] == min(obs_shape)
             channels, *size = obs_shape[-1:] + obs_shape[:-1] if self.channels_last else obs_shape
             pixels, features = math.prod(((s // 4 - 1) // 2 - 1) - 2 for s in size), 512
-            layers = [nn.Conv2d(channels, 32, 8, 4), nn.Conv2d(32, 64, 4, 2), nn.Conv2d(64, 64, 3, 1)]
-            layers = [m for conv in layers for m in (layer_init(conv), nn.ReLU())] + [nn.Flatten()]
+            convs = [nn.Conv2d(channels, 32, 8, 4), nn.Conv2d(32, 64, 4, 2), nn.Conv2d(64, 64, 3, 1)]
+            layers = [m for conv in convs for m in (layer_init(conv), nn.ReLU())] + [nn.Flatten()]
             self.trunk = nn.Sequential(*layers, layer_init(nn.Linear(64 * pixels, features)), nn.ReLU())
-        self.actor = mlp([features, *hidden_sizes, outputs], activation, 0.01)  # 0.01: nearly uniform at the start
+        self.actor = mlp([features, *hidden_sizes, self.outputs], activation, 0.01)  # 0.01: nearly uniform at the start
         self.critic = mlp([features, *hidden_sizes, 1], activation, 1.0)
         if nvec is None:
-            self.logstd = nn.Parameter(torch.full((outputs,), logstd_init))
+            self.logstd = nn.Parameter(torch.full((self.outputs,), logstd_init))
         self.obs_stats, self.return_stats = RunningMeanStd(() if self.image else tuple(obs_shape)), RunningMeanStd(())
 
     def encode(self, obs: Tensor) -> Tensor:  # [..., *obs_shape] -> [..., features]
@@ -491,7 +495,7 @@ class Agent(nn.Module, PyTorchModelHubMixin):
 
     def sample_noise(self, *shape: int, generator: torch.Generator | None = None) -> Tensor:
         """What makes `act` sample, [*shape, outputs]: Gumbel noise for logits, standard normal noise for means."""
-        noise = torch.empty(*shape, self.actor[-1].out_features, device=self.actor[-1].weight.device)
+        noise = torch.empty(*shape, self.outputs, device=self.obs_stats.mean.device)
         if self.nvec is None:
             return noise.normal_(generator=generator)
         return -noise.exponential_(generator=generator).log()
@@ -820,12 +824,13 @@ def compile_gradient(args: Args, agent: Agent, theta: nn.Parameter, obs: Tensor,
         weights = {name: x.view(shape) for name, x, shape in zip(names, vector.split(sizes), shapes)}
         return ppo_loss(lambda *inputs: torch.func.functional_call(agent, weights, inputs), *minibatch, args)
 
-    graph = torch.compile(torch.func.grad(loss, has_aux=True), fullgraph=True, dynamic=False)
+    mode = "reduce-overhead" if theta.is_cuda else "default"  # on a GPU: replay it as a CUDA graph; it holds no RNG
+    graph = torch.compile(torch.func.grad(loss, has_aux=True), fullgraph=True, dynamic=False, mode=mode)
 
     def compiled(agent: Agent, theta: nn.Parameter, minibatch: list[Tensor], args: Args) -> Tensor:
         gradient, metrics = graph(theta.detach(), minibatch)
         theta.grad.copy_(gradient)
-        return metrics
+        return metrics.clone()  # the next replay writes to the same memory
 
     M, started = math.prod(actions.shape[:2]) // args.num_minibatches, time.perf_counter()
     rows = [x.flatten(0, 1)[:M] for x in (obs, actions)]
@@ -1007,7 +1012,7 @@ def open_log(args: Args, run: Path, state: dict):
     if not resumed:
         values = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in asdict(args).items()}
         for summary in hparams(values, {"charts/episodic_return": 0}):
-            writer.file_writer.add_summary(summary)
+            writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
         rows = "\n".join(f"|{name}|{value}|" for name, value in values.items())
         writer.add_text("hyperparameters", f"|parameter|value|\n|-|-|\n{rows}")
     bar = tqdm(total=args.total_timesteps, initial=state["global_step"], unit=" steps", unit_scale=True, disable=None)
@@ -1046,7 +1051,8 @@ def evaluate(agent: Agent, args: Args, episodes: int, stream: int = EVALUATION, 
     device = next(agent.parameters()).device
     generator = torch.Generator(device).manual_seed(seeds(args.seed, stream, SAMPLING)[0])
     envs, obs, _ = make_envs(args, seeds(args.seed, stream, n=episodes), training=False)
-    (returns, lengths), running, noise = np.zeros((2, episodes)), np.ones(episodes, dtype=bool), 0.0
+    (returns, lengths), running = np.zeros((2, episodes)), np.ones(episodes, dtype=bool)
+    noise: Tensor | float = 0.0
     while running.any() and lengths.max() < 27_000:
         if not deterministic:
             noise = agent.sample_noise(episodes, generator=generator)
@@ -1165,7 +1171,7 @@ def policy_folder(name: str) -> tuple[Path, str | None]:
             found = get_hf_file_metadata(hf_hub_url(repo_id, file, revision=commit or None))
             if found.size is None or found.size > limit:
                 raise Stop(f"refused {name}: {file} has {found.size} bytes, the limit is {limit}")
-            commit = found.commit_hash
+            commit = str(found.commit_hash)
             path = hf_hub_download(repo_id, file, revision=commit)
     return Path(path).parent, f"{repo_id}@{commit}"
 

@@ -103,13 +103,15 @@ def test_the_score_is_printed_to_two_decimals(trained, results):
     assert f"{results['mean_reward']:.2f} +/- {results['std_reward']:.2f} over 4 greedy episodes" in trained.out
 
 
-def test_training_seconds_leave_out_evaluation(main, monkeypatch):
-    late, evaluate, clock = [], ppo.evaluate, ppo.time.perf_counter
+def test_training_seconds_are_those_of_all_iterations_without_evaluation(main, monkeypatch):
+    """On a clock that goes on by a second with each vector step and by 1000 with each evaluation."""
+    late, evaluate, step, clock = [], ppo.evaluate, ppo.step_envs, ppo.time.perf_counter
     monkeypatch.setattr(ppo, "evaluate", lambda *args, **kwargs: late.append(1000) or evaluate(*args, **kwargs))
+    monkeypatch.setattr(ppo, "step_envs", lambda *args: late.append(1) or step(*args))
     monkeypatch.setattr(ppo.time, "perf_counter", lambda: clock() + sum(late))
     assert main(*FLAGS)[0] == 0
     assert sum(late) >= 3000  # validation, the score, the score of the sampled policy
-    assert json.loads(Path("runs/trained/results.json").read_text())["training_seconds"] < 1000
+    assert 512 <= json.loads(Path("runs/trained/results.json").read_text())["training_seconds"] < 1000
 
 
 # Logs

@@ -10,6 +10,7 @@ console in the .log beside. Once it is finished, runs/reference/<env>/ keeps of 
     seed<k>.json            its results.json: 100 greedy episodes of the agent that it would publish
     curve.csv, curve.png    mean return of the training episodes that ended in each hundredth of the run, by seed
     hyperparameters.json    what all of these seeds were trained with
+    replay.png              LunarLander's only: a whole episode of seed 1 in one picture
 
 summary.json and summary.md in runs/reference/ follow from these files alone; summary.md is the README's table.
 """
@@ -106,6 +107,8 @@ def main(envs: tuple[str, ...] = (), seeds: int | None = None, jobs: int = 2, fi
     for row in ROWS:
         if (reference_folder(row.env_id) / "curve.csv").exists():
             draw(row.env_id, reference_folder(row.env_id))
+    if (work_folder("LunarLander-v3", 1) / "results.json").exists():
+        picture(work_folder("LunarLander-v3", 1), reference_folder("LunarLander-v3"))
     summary = [summarize(row, reference_folder(row.env_id)) for row in ROWS]
     REFERENCE.mkdir(parents=True, exist_ok=True)
     write_file(REFERENCE / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
@@ -259,6 +262,20 @@ def draw(env_id: str, folder: Path) -> None:
     axes.legend(frameon=False, fontsize="small")
     figure.savefig(image := io.BytesIO(), format="png", dpi=100, metadata={"Software": None})
     write_file(folder / "curve.png", image.getvalue())
+
+
+def picture(run: Path, folder: Path) -> None:
+    """replay.png: one episode, filmed; of each pixel the brightest value over every 12th of its frames."""
+    from imageio_ffmpeg import read_frames
+    from matplotlib.image import imsave
+
+    command = [sys.executable, "ppo.py", "--evaluate", f"runs/{run.name}", "--capture-video", "--eval-episodes", "1"]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    frames = read_frames(str(run / "replay.mp4"))
+    width, height = next(frames)["size"]
+    film = np.stack([np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in frames])
+    imsave(image := io.BytesIO(), film[::12].max(0), format="png", metadata={"Software": None})
+    write_file(folder / "replay.png", image.getvalue())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -1075,7 +1076,9 @@ def record_video(agent: Agent, args: Args, path: Path) -> None:
         import imageio_ffmpeg
 
         unfinished = path.with_name("unfinished.mp4")
-        os.environ["SDL_VIDEODRIVER"] = "dummy"  # pygame draws without a display
+        os.environ["SDL_VIDEODRIVER"] = "dummy"  # pygame draws without a display; so does MuJoCo, through EGL
+        if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+            os.environ.setdefault("MUJOCO_GL", "egl")
         envs, obs, _ = make_envs(args, seeds(args.seed, VIDEO), training=False, render=True)
         fps, done, video = envs.metadata.get("render_fps", 15), False, None
         for t in range(3000):
@@ -1282,6 +1285,7 @@ def sparkline(run: Path, width: int = 40) -> str:
     """The learning curve, read from the run's own logs, in characters."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it would warn of each resumption
     log = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     tag = "charts/episodic_return"
     values = [event.value for event in log.Scalars(tag)] if tag in log.Tags()["scalars"] else [0.0]
@@ -1306,6 +1310,7 @@ def model_card(args: Args, run: Path, source: str, r: dict[str, Any]) -> str:
     apart = ("device", "threads", "cores", "machine", "ranks")
     versions = ", ".join(f"{name} {version}" for name, version in r["settings"].items() if name not in apart)
     rows = "\n".join(f"| `{flag(k)}` | {v} |" for k, v in asdict(args).items() if k not in FREE)
+    download = "" if source.startswith("runs/") else f"hf download {source} ppo.py requirements.txt --local-dir .\n"
     video = "`replay.mp4` shows one greedy episode." if (run / "replay.mp4").exists() else ""
     text = f"""
 # PPO agent playing {args.env_id}
@@ -1326,8 +1331,7 @@ The agent is that of the {r["published"]} checkpoint. Mean episode return as it 
 ## Play it
 
 ```bash
-hf download {source} ppo.py requirements.txt --local-dir .
-pip install -r requirements.txt
+{download}pip install -r requirements.txt
 python ppo.py --evaluate {source} --capture-video
 ```
 

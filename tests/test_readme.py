@@ -1,0 +1,278 @@
+"""The README: its commands and its Python run as printed and print what it shows, and what it names exists.
+
+A block of commands runs in a copy of the project with one short run in it, against a Hub on the loopback. Commands are
+shortened by flags at their end, and `<run>` is the name of that run."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.request
+from dataclasses import fields
+from functools import reduce
+
+import pytest
+import torch
+from conftest import ROOT
+from hub_server import Hub
+
+import ppo
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", README, re.DOTALL | re.MULTILINE)
+SETUP, *SHELL = [(code.splitlines(), shown.splitlines()) for kind, code, shown in BLOCKS if kind == "bash"]
+PYTHON = [code for kind, code, _ in BLOCKS if kind == "python"]
+OWN_FILES = {code.splitlines()[0].removeprefix("# "): code for code in PYTHON if code.startswith("# ")}
+
+AT_ONCE = "--total-timesteps 16 --num-envs 2 --num-steps 8 --num-minibatches 2 --validation-episodes 0 " \
+          "--eval-episodes 1"  # fmt: skip
+BRIEFLY = "--total-timesteps 2048 --num-envs 4 --num-steps 128 --num-minibatches 4 --validation-episodes 1 " \
+          "--eval-episodes 2"  # fmt: skip
+SCORE = r"mean_reward \S+ \+/- \S+ over {} greedy episodes"
+CASES = [  # command, the flags that shorten it, what it prints
+    (r"python \w+\.py --evaluate \S+( --capture-video)?", "--eval-episodes 2", SCORE.format(2)),
+    (r"python ppo\.py --push \S+ --repo-id \S+", "", r"^pushed: http\S+/commit/\w+$"),
+    (r"python ppo\.py --resume \S+", "", r"^step +2,0\d\d "),
+    (r"python ppo\.py --env-id ALE/\S+", AT_ONCE, SCORE.format(1)),
+    (r"python \w+\.py --env-id \S+( --.*)?", BRIEFLY, SCORE.format(2)),
+    (r"torchrun .*", BRIEFLY.replace("2048", "16384").replace("--num-envs 4 --num-steps 128 ", ""), SCORE.format(2)),
+    (r"python tests/benchmark\.py", "--rows cartpole --steps 2048 --repeats 1", r"^\|cartpole\|[\d,]+\|"),
+    (r"tensorboard --logdir runs", "--port 0", r"http://localhost:\d+/"),
+]
+QUICK = r"tensorboard .*|python ppo\.py --(evaluate|resume) .*"  # blocks of anything else are slow
+NUMBER = r"[-+]?\d[\d.,]*"
+
+
+def without_comment(line):
+    return re.sub(r"\s+#.*", "", line)
+
+
+COMMANDS = [[without_comment(line) for line in code] for code, _ in SHELL]
+
+
+def case(command):
+    """Of the first case that fits: the flags to append and what is to be printed."""
+    return next((rest for pattern, *rest in CASES if re.fullmatch(pattern, command)), None)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """What a user has: a clone, the files that the README lists, and a short run in runs/."""
+    folder = tmp_path_factory.mktemp("readme") / "clone"
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("ppo.py", "requirements.txt"):
+        shutil.copy(ROOT / name, folder)
+    for name, code in OWN_FILES.items():
+        (folder / name).write_text(code)
+    train = f"python ppo.py --env-id LunarLander-v3 {BRIEFLY} --checkpoint-every 1"
+    assert "mean_reward" in printed_by(train, folder, os.environ)
+    return folder
+
+
+@pytest.fixture
+def clone(project, tmp_path):
+    """A copy of it to change, and the environment variables to work in it: with a Hub and a right to write to it."""
+    hub = Hub()
+    hub.tokens["hf_me"] = ("me", "write")
+    yield (
+        shutil.copytree(project, tmp_path / "clone"),
+        {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_me", "HF_HOME": str(tmp_path / "hf"),
+         "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"},
+    )  # fmt: skip
+    hub.shutdown()
+    hub.server_close()
+
+
+def printed_by(command, folder, env):
+    """Run a command as a user does whose virtual environment is active; what it printed. It must not fail."""
+    env = {**env, "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{env['PATH']}"}
+    if not shutil.which("torchrun", path=env["PATH"]):
+        command = re.sub("^torchrun", "python -m torch.distributed.run", command)
+    with subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=folder, env=env, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT) as process:  # fmt: skip
+        if command.startswith("tensorboard"):
+            return answer_of(process)
+        output, _ = process.communicate()
+    assert process.returncode == 0, f"{command}\n{output}"
+    return output
+
+
+def answer_of(server):
+    """Wait until a server tells its address, ask it for its page, and end it; what it printed."""
+    lines, timer = [], threading.Timer(60, server.kill)
+    timer.start()
+    for line in server.stdout:
+        lines.append(line)
+        if url := re.search(r"http://localhost:\d+/", line):
+            plain = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            assert plain.open(url[0], timeout=30).status == 200
+            server.terminate()
+    timer.cancel()
+    return "".join(lines)
+
+
+def pattern(shown):
+    """A line that the README shows, with any numbers in place of its own, and anything in place of '...'."""
+    words = re.sub(NUMBER, "<number>", " ".join(shown.split()))
+    return re.escape(words).replace("<number>", NUMBER).replace(r"\ ", r"\s+").replace(r"\.\.\.", ".*")
+
+
+# Commands
+
+
+def test_the_first_block_is_what_continuous_integration_runs():
+    code, _ = SETUP
+    assert len(code) == 2
+    assert code[0].startswith("python3 -m venv ") and code[0].endswith(" python ppo.py")
+    assert code[1].startswith(". .venv/bin/activate && ") and code[1].endswith(" python -m pytest tests -n 2")
+
+
+@pytest.mark.parametrize("command", [command for block in COMMANDS for command in block])
+def test_every_command_has_a_case_that_runs_it(command):
+    assert case(command), f"no case in tests/test_readme.py runs `{command}`"
+    flags = re.findall(r"--[\w-]+", command.partition("ppo.py ")[2])
+    assert [flag for flag in flags if not exists(flag)] == []
+
+
+@pytest.mark.parametrize(
+    ("commands", "shown"),
+    [
+        pytest.param(commands, shown, id=commands[0],
+                     marks=[] if all(re.fullmatch(QUICK, c) for c in commands) else pytest.mark.slow)
+        for commands, (_, shown) in zip(COMMANDS, SHELL)
+    ],
+)  # fmt: skip
+def test_commands_run_and_print_what_is_shown(commands, shown, clone):
+    folder, env = clone
+    (run,) = (folder / "runs").iterdir()
+    printed = ""
+    for command in commands:
+        flags, expected = case(command)
+        if "--resume" in command:  # as if the run had been killed before its last checkpoint
+            (run / "results.json").unlink()
+            max(run.glob("checkpoint-*.pt")).unlink()
+        output = printed_by(f"{command} {flags}".replace("<run>", run.name), folder, env)
+        assert re.search(expected, output, re.MULTILINE), f"{command}\n{output}"
+        printed += output
+    assert ("--capture-video" in " ".join(commands)) == bool(list(folder.glob("runs/*/replay.mp4")))
+    for line in shown:
+        assert re.search(f"^{pattern(line)}$", printed, re.MULTILINE), f"not printed: {line}\n{printed}"
+
+
+# Python
+
+
+def test_the_agent_acts_in_python(clone):
+    folder, env = clone
+    (run,) = (folder / "runs").iterdir()
+    (code,) = (code for code in PYTHON if code not in OWN_FILES.values())
+    code = code.replace("<run>", run.name) + "assert env.action_space.contains(action)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=folder, env=env).returncode == 0
+
+
+def test_the_fork_swaps_both_networks(clone):
+    folder, env = clone
+    code = "import my_ppo, ppo; agent = ppo.Agent([2], [], [2], [64, 64]); print(agent.actor, agent.critic)"
+    assert str(ppo.Agent([2], [], [2], [64, 64])).count("LayerNorm") == 0
+    agent = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
+    assert agent.stdout.count("LayerNorm") == 4, agent.stderr
+
+
+# What is named
+
+
+def table(heading):
+    """The cells of the table below a heading, one list a row."""
+    section = README.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row[1:-1].split("|")] for row in rows[2:]]
+
+
+def exists(name):
+    """Whether ppo.py has this flag, or this function, class, method or constant."""
+    if name.startswith("--"):
+        return name[2:].removeprefix("no-").replace("-", "_") in {field.name for field in fields(ppo.Args)}
+    return reduce(lambda x, part: getattr(x, part, None), name.split("."), ppo) is not None
+
+
+DETAILS = table("The 37 implementation details")
+
+
+def test_all_37_details_are_there():
+    assert [int(number) for number, *_ in DETAILS] == list(range(1, 38))
+
+
+@pytest.mark.parametrize("row", DETAILS, ids=lambda row: row[0])
+def test_a_detail_is_where_the_table_says(row):
+    number, _, here, where = row
+    names = re.findall(r"`([^`]+)`", where)
+    assert where == ", ".join(f"`{name}`" for name in names)
+    assert here.split(":")[0] == "left out" if not names else here.split(":")[0] in ("done", "done otherwise")
+    assert [name for name in names if not exists(name)] == []
+
+
+def test_other_names_of_functions_and_flags_exist_too():
+    words = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE))
+    flags = {flag for word in words for flag in re.findall(r"(?<!\S)--[\w-]+", word)}
+    names = {word for word in words if re.fullmatch(r"(?!test_)[A-Za-z]+(_[A-Za-z]+)+|[A-Z]\w+\.(?!md)\w+", word)}
+    names |= set(re.findall(r"`(\w+)`", str(table("How the file is laid out"))))
+    assert len(flags) > 20 and len(names) > 30
+    missing = {name for name in flags | names if not exists(name)}
+    assert missing == {"--help", "--slow", "HF_TOKEN"}  # tyro's, pytest's and the Hub's
+
+
+def test_every_test_that_is_named_exists():
+    named = set(re.findall(r"\btest_\w+\b(?!\.py)", README))
+    defined = {
+        name for path in ROOT.glob("tests/test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    assert len(named) >= 6
+    assert named - defined == set()
+
+
+def test_local_links_lead_somewhere():
+    links = set(re.findall(r'\]\((?!http)([^)]+)\)|src="([^"]+)"|`(tests/[\w.]*)`', README))
+    links = {link for found in links for link in found if link}
+    if not (ROOT / "runs" / "reference" / "LunarLander-v3").exists():  # results come after the code
+        links = {link for link in links if not link.startswith("runs/reference/")}
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_sections_of_the_file_are_listed_in_their_order():
+    banners = re.findall(r"^# ---- (.+?)(?::.*?)? -+$", (ROOT / "ppo.py").read_text(), re.MULTILINE)
+    assert [section for section, _ in table("How the file is laid out")] == banners
+
+
+@pytest.mark.parametrize("row", table("The clipped objective, case by case"), ids=lambda row: " ".join(row[:2]))
+def test_a_case_of_the_clipped_objective_is_as_the_table_says(row):
+    where, sign, term, gradient, test = row
+    ratio, advantage = {"below": 0.5, "inside": 1.1, "above": 1.5}[where], {"positive": 2.0, "negative": -2.0}[sign]
+    logratio = torch.tensor([ratio]).log().requires_grad_()
+    loss = ppo.policy_loss(logratio, torch.tensor([advantage]), 0.2)
+    loss.backward()
+    terms = {min(max(ratio, 0.8), 1.2) * advantage: "clipped term"}
+    terms[ratio * advantage] = "either, they are equal" if ratio * advantage in terms else "unclipped term"
+    assert loss.item() == pytest.approx(-min(terms))
+    assert term == terms[min(terms)]
+    assert gradient == ("yes" if logratio.grad.item() else "none")
+    assert sign in test and f"_{where}_the_range_" in test
+
+
+def test_all_six_cases_of_the_clipped_objective_are_there():
+    rows = table("The clipped objective, case by case")
+    assert len({tuple(row[:2]) for row in rows}) == len(rows) == 6
+
+
+# Form
+
+
+def test_results_have_their_place():
+    assert re.search(r"^## Results\n.*^<!-- results -->\n.*^<!-- /results -->\n.*^## Speed\n", README, re.M | re.S)
+
+
+def test_lines_and_quotes_are_plain():
+    text = re.sub(r"<!-- results -->.*<!-- /results -->", "", README, flags=re.DOTALL)  # made by tests/reference.py
+    assert [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")] == []
+    assert not set("\u2018\u2019\u201c\u201d") & set(text)

@@ -184,44 +184,44 @@ RANGES = (
     ("from -20 to 2", -20, 2, "logstd_init"),
 )
 
-# Few, large, fast steps; then, where noise is costly or drowns the gait, half as much of it and a shorter horizon.
+# Where they come from: the gammas and lambdas mostly from RL Baselines3 Zoo, then one change at a time on seeds above
+# 100, which are never reported. Common to all: more environments, larger minibatches and higher, annealed rates than
+# others use. Values are clipped in units of reward: where rewards are not normalised, that would hold the critic back.
 MUJOCO = dict(total_timesteps=1_000_000, num_envs=8, num_steps=256, num_minibatches=8, update_epochs=10,
               learning_rate=1e-3, ent_coef=0.0, norm_obs=True, norm_reward=True, logstd_init=-0.5)  # fmt: skip
-CALM = MUJOCO | dict(num_envs=16, num_steps=128, gae_lambda=0.9, logstd_init=-1.5)
+CALM = MUJOCO | dict(num_envs=16, num_steps=128, gae_lambda=0.9, logstd_init=-1.5)  # where noise is costly
 
-# Values are clipped in units of reward: where rewards are not normalised, an epsilon of 0.2 would hold the critic back.
 PRESETS: dict[str, dict[str, Any]] = {
-    "CartPole-v1": dict(
+    "CartPole-v1": dict(  # the zoo's gamma and lambda
         total_timesteps=100_000, num_envs=64, num_steps=32, num_minibatches=8, update_epochs=5, learning_rate=2e-3,
         gamma=0.98, gae_lambda=0.8, clip_vloss=False,
     ),
-    "Acrobot-v1": dict(
+    "Acrobot-v1": dict(  # the zoo's lambda
         total_timesteps=500_000, num_envs=32, num_steps=128, num_minibatches=8, update_epochs=4, learning_rate=2e-3,
         gae_lambda=0.94, clip_vloss=False,
     ),
-    "MountainCar-v0": dict(
+    "MountainCar-v0": dict(  # the zoo's lambda and normalisation, without which its goal is never found
         total_timesteps=500_000, num_envs=32, num_steps=64, num_minibatches=4, update_epochs=4, learning_rate=2e-3,
         gae_lambda=0.98, ent_coef=0.0, norm_obs=True, norm_reward=True,
     ),
-    "Pendulum-v1": dict(
-        total_timesteps=100_000, num_envs=8, num_steps=128, num_minibatches=8, update_epochs=10, learning_rate=3e-3,
-        gamma=0.9, gae_lambda=0.95, ent_coef=0.0, clip_vloss=False,
+    "Pendulum-v1": dict(  # the zoo's but for its state-dependent exploration
+        total_timesteps=100_000, num_envs=4, num_steps=256, num_minibatches=16, update_epochs=10, learning_rate=1e-3,
+        gamma=0.9, gae_lambda=0.95, ent_coef=0.0, norm_reward=True, clip_vloss=False,
     ),
-    "LunarLander*-v3": dict(
+    "LunarLander*-v3": dict(  # wide ReLU networks and a long horizon, so that it lands instead of hovering
         total_timesteps=1_000_000, num_envs=16, num_steps=256, num_minibatches=8, update_epochs=6,
-        learning_rate=1.5e-3, gamma=0.995, gae_lambda=0.98, ent_coef=0.005, hidden_sizes=(128, 128),
+        learning_rate=2e-3, gamma=0.998, gae_lambda=0.98, ent_coef=0.002, hidden_sizes=(128, 128),
         activation="relu", clip_vloss=False,
     ),
-    "BipedalWalker-v3": dict(
+    "BipedalWalker-v3": dict(  # the zoo's gamma; otherwise as MuJoCo's
         total_timesteps=5_000_000, num_envs=32, num_steps=256, num_minibatches=16, update_epochs=10,
         learning_rate=1e-3, gamma=0.999, ent_coef=0.0, norm_obs=True, norm_reward=True, logstd_init=-0.5,
     ),
-    "HalfCheetah-v5": CALM,
-    **{f"{name}-v5": MUJOCO for name in (
-        "Hopper", "Walker2d", "Ant", "Swimmer", "Humanoid", "HumanoidStandup", "InvertedPendulum",
-        "InvertedDoublePendulum", "Reacher", "Pusher",
-    )},
-    "ALE/*": dict(  # the published protocol: no sticky actions
+    "Swimmer-v5": CALM | dict(gamma=0.9999, gae_lambda=0.98),  # the zoo's horizon: a stroke pays off late
+    "Ant-v5": CALM | dict(gae_lambda=0.95),
+    **{f"{name}-v5": CALM for name in ("HalfCheetah", "Humanoid", "HumanoidStandup", "Reacher", "Pusher")},
+    **{f"{name}-v5": MUJOCO for name in ("Hopper", "Walker2d", "InvertedPendulum", "InvertedDoublePendulum")},
+    "ALE/*": dict(  # the published protocol and CleanRL's settings: no sticky actions
         env_kwargs={"repeat_action_probability": 0.0}, total_timesteps=10_000_000, num_envs=8, clip_coef=0.1,
         clip_reward=True, episodic_life=True, hidden_sizes=(),
     ),

@@ -128,6 +128,13 @@ def test_summary_follows_from_the_committed_files():
 
 
 @pytest.mark.skipif(not MARKDOWN.exists(), reason="no results are committed")
+def test_a_run_says_what_the_committed_seeds_of_its_preset_reached():
+    rows = json.loads((reference.REFERENCE / "summary.json").read_text())
+    reached = {row["env_id"]: (row["mean"], row["training_seconds"]) for row in rows if row["seeds"]}
+    assert {env_id: (float(f"{mean:.4g}"), round(time)) for env_id, (mean, time) in reached.items()} == ppo.REACHED
+
+
+@pytest.mark.skipif(not MARKDOWN.exists(), reason="no results are committed")
 def test_the_readme_shows_the_summary():
     readme = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
     block = re.search(r"<!-- results -->\n(.*?)<!-- /results -->", readme, re.DOTALL)

@@ -9,7 +9,7 @@ Every run is a process of its own, and programs take turns, so that a busy machi
 over --repeats; in brackets, how many times faster ppo.py is, eager. Commands stand below the table; all run with
 OMP_NUM_THREADS=1, but for images. What is timed:
 - ppo.py: global_step / training_seconds of its results.json, without start-up, evaluation and checkpoints.
-- SB3: Stable-Baselines3 at the same hyperparameters, `learn` alone; no EnvPool; for Atari it needs opencv-python.
+- SB3: Stable-Baselines3 at the same hyperparameters, `learn` alone; it has no EnvPool.
 - peer: a script with CleanRL's flags, from wall time: a run less one of a tenth of its steps, which takes out start-up.
   Its network is its own. "-" stands where it fails, as CleanRL's ppo.py does on continuous actions and on images.
 - Floors, on the CPU: random actions through the very vector environment of ppo.py. And the minibatch steps

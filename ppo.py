@@ -228,7 +228,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 # What they reach: the mean score over seeds, and the seconds of training on one core, from runs/reference/summary.md.
-REACHED: dict[str, tuple[float, int]] = {"CartPole-v1": (500.0, 3)}
+REACHED: dict[str, tuple[float, int]] = {
+    "CartPole-v1": (500.0, 3), "LunarLander-v3": (280.2, 162), "HalfCheetah-v5": (5667.0, 201),
+    "Hopper-v5": (3274.0, 273), "Walker2d-v5": (843.8, 454),
+}  # fmt: skip
 
 
 MODES = ("evaluate", "resume", "push")  # flags that name a policy instead of training one

@@ -80,9 +80,10 @@ NOTES = """
 Each seed is trained from nothing and scored by the mean return of 100 greedy episodes in fresh environments. Mean, std
 (of the sample), interquartile mean (IQM) and worst are over those scores; the interval is a stratified 95% bootstrap,
 as [Agarwal et al. (2021)](https://arxiv.org/abs/2108.13264) advise. Scored is the best of a run's checkpoints, chosen
-on other episodes, which the steps do not count. Training is the median wall time without evaluation. Published figures
-are for the environment's version in brackets and as many steps, unless they say otherwise; their +/- is over the
-episodes of one run (zoo, Hub) or over runs (the others). Sources:
+on other episodes, which the steps do not count. Training is the median wall time without evaluation, on one core of a
+machine with two that was kept busy by other runs. Published figures are for the environment's version in brackets and
+as many steps, unless they say otherwise; their +/- is over the episodes of one run (zoo, Hub) or over runs (the
+others). Sources:
 {sources}.
 
 Made with {made_with}.

@@ -21,6 +21,7 @@ from hub_server import Hub
 import ppo
 
 README = (ROOT / "README.md").read_text()
+PROSE = re.sub(r"<!-- results -->.*<!-- /results -->", "", README, flags=re.DOTALL)  # that is made by reference.py
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", README, re.DOTALL | re.MULTILINE)
 SETUP, *SHELL = [(code.splitlines(), shown.splitlines()) for kind, code, shown in BLOCKS if kind == "bash"]
 PYTHON = [code for kind, code, _ in BLOCKS if kind == "python"]
@@ -214,7 +215,7 @@ def test_a_detail_is_where_the_table_says(row):
 
 
 def test_other_names_of_functions_and_flags_exist_too():
-    words = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE))
+    words = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```$", "", PROSE, flags=re.DOTALL | re.MULTILINE))
     flags = {flag for word in words for flag in re.findall(r"(?<!\S)--[\w-]+", word)}
     names = {word for word in words if re.fullmatch(r"(?!test_)[A-Za-z]+(_[A-Za-z]+)+|[A-Z]\w+\.(?!md)\w+", word)}
     names |= set(re.findall(r"`(\w+)`", str(table("How the file is laid out"))))
@@ -273,6 +274,5 @@ def test_results_have_their_place():
 
 
 def test_lines_and_quotes_are_plain():
-    text = re.sub(r"<!-- results -->.*<!-- /results -->", "", README, flags=re.DOTALL)  # made by tests/reference.py
-    assert [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")] == []
-    assert not set("\u2018\u2019\u201c\u201d") & set(text)
+    assert [line for line in PROSE.splitlines() if len(line) > 120 and not line.startswith("|")] == []
+    assert not set("\u2018\u2019\u201c\u201d") & set(PROSE)

@@ -201,7 +201,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         gae_lambda=0.94, clip_vloss=False,
     ),
     "MountainCar-v0": dict(  # the zoo's lambda and normalisation, without which its goal is never found
-        total_timesteps=500_000, num_envs=16, num_steps=32, num_minibatches=4, update_epochs=4, learning_rate=2e-3,
+        total_timesteps=500_000, num_envs=32, num_steps=64, num_minibatches=4, update_epochs=4, learning_rate=2e-3,
         gae_lambda=0.98, ent_coef=0.0, norm_obs=True, norm_reward=True,
     ),
     "Pendulum-v1": dict(  # the zoo's but for its state-dependent exploration

@@ -140,7 +140,7 @@ def floors(args):
     with torch.no_grad():
         actions, logprobs, _, values = agent.get_action_and_value(data)
     batch = [data, actions, logprobs, values, values + torch.randn_like(values), torch.randn_like(values)]
-    minibatch = [x[:M].clone() for x in batch]
+    minibatch = [x[:M] for x in batch]
 
     def step(gradient_fn):
         gradient_fn(agent, theta, minibatch, args)

@@ -108,8 +108,9 @@ def main(envs: tuple[str, ...] = (), seeds: int | None = None, jobs: int = 2, fi
     for row in ROWS:
         if (reference_folder(row.env_id) / "curve.csv").exists():
             draw(row.env_id, reference_folder(row.env_id))
-    if (work_folder("LunarLander-v3", 1) / "results.json").exists():
-        picture(work_folder("LunarLander-v3", 1), reference_folder("LunarLander-v3"))
+    run, folder = work_folder("LunarLander-v3", 1), reference_folder("LunarLander-v3")
+    if (run / "results.json").exists() and not (folder / "replay.png").exists():
+        picture(run, folder)
     summary = [summarize(row, reference_folder(row.env_id)) for row in ROWS]
     REFERENCE.mkdir(parents=True, exist_ok=True)
     write_file(REFERENCE / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())

@@ -190,6 +190,7 @@ RANGES = (
 MUJOCO = dict(total_timesteps=1_000_000, num_envs=8, num_steps=256, num_minibatches=8, update_epochs=10,
               learning_rate=1e-3, ent_coef=0.0, norm_obs=True, norm_reward=True, logstd_init=-0.5)  # fmt: skip
 CALM = MUJOCO | dict(num_envs=16, num_steps=128, gae_lambda=0.9, logstd_init=-1.5)  # where noise is costly
+UNTOUCHED = {"include_cfrc_ext_in_observation": False}  # 78 contact forces, all zero in the published versions
 
 PRESETS: dict[str, dict[str, Any]] = {
     "CartPole-v1": dict(  # the zoo's gamma and lambda
@@ -219,7 +220,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "Swimmer-v5": MUJOCO | dict(  # a long horizon and much noise, for a stroke pays off late
         num_steps=512, gamma=0.999, gae_lambda=0.98, norm_reward=False, clip_vloss=False, logstd_init=0.0,
     ),
-    "Ant-v5": CALM | dict(gae_lambda=0.95),
+    "Ant-v5": CALM | dict(gae_lambda=0.95, env_kwargs=UNTOUCHED),
     **{f"{name}-v5": CALM for name in ("HalfCheetah", "Humanoid", "HumanoidStandup", "Reacher", "Pusher")},
     **{f"{name}-v5": MUJOCO for name in ("Hopper", "Walker2d", "InvertedPendulum", "InvertedDoublePendulum")},
     "ALE/*": dict(  # the published protocol and CleanRL's settings: no sticky actions
@@ -1158,7 +1159,7 @@ PUBLISHED = [*SIZE_LIMITS, "README.md", "results.json", "replay.mp4", "ppo.py", 
 LOGIN = """Log in with `hf auth login` or set HF_TOKEN to a token that may write; or train without --repo-id now, and \
 push later with --push."""
 PLAYED = ("env_id", "env_kwargs", "seed", "hidden_sizes", "activation", "norm_obs", "logstd_init")  # what play needs
-SAFE_KWARGS = {"is_slippery", "continuous", "repeat_action_probability"}  # that strangers may pass to environments
+SAFE_KWARGS = {"is_slippery", "continuous", "repeat_action_probability", *UNTOUCHED}  # that strangers may pass to environments
 
 
 @contextlib.contextmanager

@@ -15,11 +15,11 @@
 """Proximal Policy Optimization (PPO) in one file: train, watch, evaluate, resume, share.
 
     python ppo.py                                                # CartPole-v1, solved within seconds
-    python ppo.py --env-id LunarLander-v3 --seed 2               # any Gymnasium id; its preset, your flags win
+    python ppo.py --env-id LunarLander-v3 --seed 2               # any Gymnasium id; your flags over its preset
     python ppo.py --evaluate runs/<run> --capture-video          # play it again and leave replay.mp4
     python ppo.py --resume runs/<run>                            # go on after a crash, bit for bit
     python ppo.py --env-id LunarLander-v3 --repo-id me/lander    # train, evaluate, record, push to the Hub
-    torchrun --nproc-per-node 2 ppo.py --env-id LunarLander-v3   # the same run, split over two processes
+    torchrun --nproc-per-node 2 ppo.py --env-id LunarLander-v3   # one run, split over two processes
 
 Symbols: T steps (--num-steps) in each of N environments (--num-envs) make a rollout of B = T*N rows, learned from in
 minibatches of M. Time comes first, then environments, then features: `obs[t]` is what the agent sees before action t,
@@ -36,6 +36,8 @@ images. Where it departs from CleanRL, whose flags it keeps:
 - Normalisation belongs to the agent: it is saved with the weights, and frozen in evaluation.
 - Logged losses are means over all minibatches of an iteration; evaluation is greedy, on fresh seeded environments.
 - A minibatch is standardised with the population deviation, so that even a single row gives a number, not NaN.
+- Environments cannot be saved, so every run makes them anew at each checkpoint, and cuts the episodes under way.
+- With --norm-obs or --norm-reward, the first rollout only fills the statistics; learning starts with the second.
 """
 
 import contextlib
@@ -90,7 +92,7 @@ class Args:
     """Train a PPO agent; or evaluate, resume or push one. Defaults are the environment's preset where there is one."""
 
     env_id: str = "CartPole-v1"  # Gymnasium id; `my_module:MyEnv-v0` imports your own module first
-    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # `is_slippery False`, for its maker
+    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # its options: `is_slippery False`
     total_timesteps: int = 500_000  # environment steps to train for, over all environments
     seed: int = 1  # of everything random: weights, environments, actions, minibatches
     num_envs: int = 4  # N, parallel environments
@@ -109,7 +111,7 @@ class Args:
     ent_coef: float = 0.01  # weight of the entropy bonus; 0 to 0.02
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # global norm that gradients are clipped to
-    target_kl: float | None = None  # stop an iteration's epochs once the policy has moved this far; 0.01 to 0.05
+    target_kl: float | None = None  # end an iteration's epochs once its mean KL divergence exceeds this; 0.01 to 0.05
 
     hidden_sizes: tuple[int, ...] = (64, 64)  # layers of actor and critic (images: of the heads on the Nature CNN)
     activation: Literal["tanh", "relu"] = "tanh"  # between those layers
@@ -122,7 +124,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU for images and wide networks, else the CPU
     compile: bool = False  # compile the loss and its gradient; pays off in long runs
     checkpoint_every: int | None = None  # iterations; default a tenth of the run, or 5 full episodes if that is longer
-    validation_episodes: int = 20  # greedy episodes at each checkpoint, to keep the best agent; 0 publishes the last
+    validation_episodes: int = 20  # greedy episodes at each checkpoint, to keep the best agent; 0 keeps the last
     eval_episodes: int = 100  # episodes of the final evaluation
     deterministic: bool = True  # evaluate the mode of the policy; --no-deterministic samples from it
     capture_video: bool = False  # leave replay.mp4, one episode
@@ -184,12 +186,13 @@ RANGES = (
     ("from -20 to 2", -20, 2, "logstd_init"),
 )
 
-# Where they come from: the gammas and lambdas mostly from RL Baselines3 Zoo, then one change at a time on seeds above
-# 100, which are never reported. Common to all: more environments, larger minibatches and higher, annealed rates than
-# others use. Values are clipped in units of reward: where rewards are not normalised, that would hold the critic back.
+# Where they come from: gammas and lambdas from RL Baselines3 Zoo (classic control, Box2D) or the usual 0.99 and 0.95
+# (MuJoCo); from there one change at a time on seeds above 100, which are never reported. Most have more environments,
+# larger minibatches and higher, annealed rates than others use. Values are clipped in units of reward, which would hold
+# the critic back where rewards are learned from as they are.
 MUJOCO = dict(total_timesteps=1_000_000, num_envs=8, num_steps=256, num_minibatches=8, update_epochs=10,
               learning_rate=1e-3, ent_coef=0.0, norm_obs=True, norm_reward=True, logstd_init=-0.5)  # fmt: skip
-CALM = MUJOCO | dict(num_envs=16, num_steps=128, gae_lambda=0.9, logstd_init=-1.5)  # where noise is costly
+CALM = MUJOCO | dict(num_envs=16, num_steps=128, gae_lambda=0.9, logstd_init=-1.5)  # less noise
 UNTOUCHED = {"include_cfrc_ext_in_observation": False}  # 78 contact forces, all zero in the published versions
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -205,7 +208,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         total_timesteps=500_000, num_envs=32, num_steps=64, num_minibatches=4, update_epochs=4, learning_rate=2e-3,
         gae_lambda=0.98, ent_coef=0.0, norm_obs=True, norm_reward=True,
     ),
-    "Pendulum-v1": dict(  # the zoo's but for its state-dependent exploration
+    "Pendulum-v1": dict(  # the zoo's gamma and epochs; shorter rollouts, scaled rewards
         total_timesteps=100_000, num_envs=4, num_steps=256, num_minibatches=16, update_epochs=10, learning_rate=1e-3,
         gamma=0.9, gae_lambda=0.95, ent_coef=0.0, norm_reward=True, clip_vloss=False,
     ),
@@ -214,15 +217,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         learning_rate=2e-3, gamma=0.998, gae_lambda=0.98, ent_coef=0.002, hidden_sizes=(128, 128),
         activation="relu", clip_vloss=False,
     ),
-    "BipedalWalker-v3": MUJOCO | dict(  # the zoo's gamma, and more environments
+    "BipedalWalker-v3": MUJOCO | dict(  # the zoo's gamma and number of environments
         total_timesteps=5_000_000, num_envs=32, num_minibatches=16, gamma=0.999,
     ),
-    "Swimmer-v5": MUJOCO | dict(  # a long horizon and much noise, for a stroke pays off late
+    "Swimmer-v5": MUJOCO | dict(  # a long horizon and more noise, because a stroke pays off late
         num_steps=512, gamma=0.999, gae_lambda=0.98, norm_reward=False, clip_vloss=False, logstd_init=0.0,
+    ),
+    "Walker2d-v5": MUJOCO | dict(  # more noise, or it learns to fall forwards and no more
+        num_envs=16, num_steps=128, ent_coef=0.001, logstd_init=0.0,
     ),
     "Ant-v5": CALM | dict(gae_lambda=0.95, env_kwargs=UNTOUCHED),
     **{f"{name}-v5": CALM for name in ("HalfCheetah", "Humanoid", "HumanoidStandup", "Reacher", "Pusher")},
-    **{f"{name}-v5": MUJOCO for name in ("Hopper", "Walker2d", "InvertedPendulum", "InvertedDoublePendulum")},
+    **{f"{name}-v5": MUJOCO for name in ("Hopper", "InvertedPendulum", "InvertedDoublePendulum")},
     "ALE/*": dict(  # the published protocol and CleanRL's settings: no sticky actions
         env_kwargs={"repeat_action_probability": 0.0}, total_timesteps=10_000_000, num_envs=8, clip_coef=0.1,
         clip_reward=True, episodic_life=True, hidden_sizes=(),
@@ -233,8 +239,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 REACHED: dict[str, tuple[float, int]] = {
     "CartPole-v1": (500.0, 3), "LunarLander-v3": (279.4, 170), "HalfCheetah-v5": (5667.0, 201),
     "Hopper-v5": (3274.0, 273), "Acrobot-v1": (-81.61, 63), "MountainCar-v0": (-108.7, 36),
-    "Pendulum-v1": (-175.2, 38), "Walker2d-v5": (3042.0, 454), "Swimmer-v5": (330.9, 272),
-    "InvertedPendulum-v5": (1000.0, 224), "Pusher-v5": (-30.87, 326),
+    "Pendulum-v1": (-175.2, 38), "LunarLanderContinuous-v3": (278.8, 85), "Swimmer-v5": (330.9, 272),
+    "InvertedPendulum-v5": (1000.0, 224), "InvertedDoublePendulum-v5": (9090.0, 141), "Reacher-v5": (-4.534, 117),
+    "Pusher-v5": (-30.87, 326),
 }  # fmt: skip
 
 
@@ -245,6 +252,12 @@ def preset(env_id: str) -> tuple[str | None, dict[str, Any]]:
     """The pattern of PRESETS that fits the environment, the exact one first, and its settings."""
     found = [p for p in PRESETS if p == env_id] + [p for p in PRESETS if fnmatch.fnmatchcase(env_id, p)]
     return (found[0], PRESETS[found[0]]) if found else (None, {})
+
+
+def changes(args: Args) -> dict[str, Any]:
+    """The settings that are not those of the environment's preset."""
+    usual = asdict(Args(env_id=args.env_id, **preset(args.env_id)[1]))
+    return {k: v for k, v in asdict(args).items() if v != usual[k] and k not in (*FREE, "run_name")}
 
 
 def flag(name: str) -> str:
@@ -464,7 +477,7 @@ def flatten(agent: nn.Module) -> nn.Parameter:
 
 
 def adam_step(theta: nn.Parameter, moments: dict[str, Tensor], lr: float) -> None:
-    """One step of Adam (Kingma & Ba 2015), in place. torch's class would first import its compiler, for seconds."""
+    """One step of Adam (Kingma & Ba 2015), in place. torch.optim.Adam would import torch's compiler first: seconds."""
     mean, square, step = moments.values()
     adam([theta.data], [theta.grad], [mean], [square], [], [step], fused=True, lr=lr, beta1=0.9, beta2=0.999, eps=1e-5,
          weight_decay=0.0, amsgrad=False, maximize=False)  # fmt: skip  # eps as in OpenAI's baselines
@@ -588,7 +601,7 @@ def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tenso
 
 
 def minibatches(valid: Tensor, epochs: int, K: int, generator: torch.Generator) -> Tensor:
-    """Row numbers of K minibatches an epoch, [epochs, K, M], from the valid rows of [T, N] in a new order each epoch.
+    """Row numbers of K minibatches per epoch, [epochs, K, M], from the valid rows of [T, N] in a new order each epoch.
 
     Resets leave fewer than B rows; each order is repeated to fill the batch, so that every minibatch has M."""
     rows, B = valid.flatten().nonzero().squeeze(-1), valid.numel()
@@ -791,7 +804,7 @@ def choose_device(args: Args, config: dict[str, Any]) -> torch.device:
 
 
 def to_torch(x: np.ndarray, device: torch.device) -> Tensor:
-    """From NumPy to the device; out of pinned memory a GPU copies while the CPU goes on."""
+    """From NumPy to the device; out of pinned memory, so that the CPU need not wait for a GPU."""
     tensor = torch.as_tensor(x)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
@@ -828,7 +841,7 @@ def reduce_gradient(theta: nn.Parameter, metrics: Tensor, weight: float) -> Tens
 
 
 def compile_gradient(args: Args, agent: Agent, theta: nn.Parameter, obs: Tensor, actions: Tensor) -> Callable:
-    """compute_gradient as a single graph, without autograd at run time. Compiled at once, for minibatches of these."""
+    """compute_gradient as a single graph, without autograd at run time; compiled here, for minibatches of this size."""
     if theta.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise Stop("--compile needs a C++ compiler, and g++ is not on the PATH: install it, or leave --compile out")
     names, parameters = zip(*agent.named_parameters())
@@ -858,6 +871,7 @@ def compile_gradient(args: Args, agent: Agent, theta: nn.Parameter, obs: Tensor,
 
 
 VERSION = 1  # of the checkpoints' format
+# What may change when a run is resumed or pushed:
 FREE = (*MODES, "device", "track", "wandb_project_name", "wandb_entity", "repo_id", "private", "capture_video")
 
 
@@ -961,9 +975,11 @@ def open_run(args: Args, agent: Agent, moments: dict, generator: torch.Generator
         agent.load_state_dict(state["agent"])
         for name, value in state["moments"].items():
             moments[name].copy_(value)
-        generator.set_state(state["generators"][rank])
+        if rank < len(state["generators"]):  # else more ranks than before: a stream of its own
+            generator.set_state(state["generators"][rank])
     if rank == 0:
-        reached = " (scores {:g} in {} s)".format(*REACHED[args.env_id]) if args.env_id in REACHED else ""
+        usual = args.env_id in REACHED and changes(args).keys() <= {"seed", "exp_name", "eval_episodes"}
+        reached = " (scores {:g} in {} s)".format(*REACHED[args.env_id]) if usual else ""
         print(f"run: {run}   preset: {preset(args.env_id)[0] or 'none'}{reached}   device: {device}", flush=True)
         then = state.get("settings", here)
         if changed := ", ".join(f"{k} {then.get(k)} -> {here[k]}" for k in here if here[k] != then.get(k)):
@@ -1159,7 +1175,7 @@ PUBLISHED = [*SIZE_LIMITS, "README.md", "results.json", "replay.mp4", "ppo.py", 
 LOGIN = """Log in with `hf auth login` or set HF_TOKEN to a token that may write; or train without --repo-id now, and \
 push later with --push."""
 PLAYED = ("env_id", "env_kwargs", "seed", "hidden_sizes", "activation", "norm_obs", "logstd_init")  # what play needs
-SAFE_KWARGS = {"is_slippery", "continuous", "repeat_action_probability", *UNTOUCHED}  # that strangers may pass to environments
+SAFE_KWARGS = {"is_slippery", "continuous", "repeat_action_probability", *UNTOUCHED}  # that strangers may pass on
 
 
 @contextlib.contextmanager
@@ -1194,7 +1210,7 @@ def policy_folder(name: str) -> tuple[Path, str | None]:
 
 
 def played_args(name: str, env_id: str | None) -> tuple[Args, str]:
-    """The saved arguments of a policy to play and its pinned name; of a stranger's only those that playing needs.
+    """The saved arguments of a policy and its pinned name; of a downloaded one only those that playing needs.
 
     A stranger's environment must be registered already: making `module:Env-v0` would import the module."""
     folder, stranger = policy_folder(name)
@@ -1272,18 +1288,15 @@ def push(args: Args, run: Path) -> None:
 
 
 def hide_host(run: Path) -> None:
-    """TensorBoard puts the host's name into the names of its files; what sorts them, the time, stays."""
+    """Take the host's name out of TensorBoard's file names; the time, by which they sort, stays."""
     for path in run.glob("events.out.tfevents.*"):
         path.rename(path.with_name(re.sub(r"(tfevents\.\d+)\..*?\.?(\d+\.\d+)$", r"\1.\2", path.name)))
 
 
 def training_command(args: Args) -> str:
     """The command that trains this run: the flags that differ from the preset's values."""
-    base = asdict(Args(env_id=args.env_id, **preset(args.env_id)[1])) | {"env_id": None}
-    words = ["python", "ppo.py"]
-    for name, value in asdict(args).items():
-        if value == base[name] or name in (*FREE, "run_name"):
-            continue
+    words = ["python", "ppo.py", "--env-id", args.env_id]
+    for name, value in changes(args).items():
         if isinstance(value, bool):
             words.append(flag(name if value else f"no_{name}"))
         else:
@@ -1402,7 +1415,7 @@ def run_command(args: Args) -> None:
                 importlib.import_module("wandb")
             except ImportError:
                 raise Stop("--track needs Weights & Biases: pip install wandb") from None
-        if args.repo_id and rank == 0:  # no hour of training shall be lost to a token
+        if args.repo_id and rank == 0:  # fail now, not after hours of training
             with one_line(f"access to {args.repo_id}", LOGIN):
                 claim_repo(args)
         run = train(args)
@@ -1418,8 +1431,10 @@ def run_command(args: Args) -> None:
 def how_to_go_on(args: Args | None) -> str:
     """The command that resumes an interrupted run, where there is one."""
     run = run_folder(args) if args else Path()
-    interrupted = args and list(run.glob("checkpoint-*.pt")) and not (run / "results.json").exists()
-    return f"To go on: {shlex.join(['python', 'ppo.py', '--resume', str(run)])}" if interrupted else ""
+    if not args or not list(run.glob("checkpoint-*.pt")) or (run / "results.json").exists():
+        return ""
+    python = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if ranks()[1] > 1 else ["python"]
+    return f"To go on: {shlex.join([*python, 'ppo.py', '--resume', str(run)])}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -78,12 +78,12 @@ SOURCES = {
 }
 NOTES = """
 Each seed is trained from nothing and scored by the mean return of 100 greedy episodes in fresh environments. Mean, std
-(of the sample), interquartile mean (IQM) and worst are over those scores; the interval is a stratified 95% bootstrap,
-as [Agarwal et al. (2021)](https://arxiv.org/abs/2108.13264) advise. Scored is the best of a run's checkpoints, chosen
-on other episodes, which the steps do not count. Training is the median wall time without evaluation, on one core of a
-machine with two that was kept busy by other runs. Published figures are for the environment's version in brackets and
-as many steps, unless they say otherwise; their +/- is over the episodes of one run (zoo, Hub) or over runs (the
-others). Sources:
+(of the sample), interquartile mean (IQM) and worst are over those scores; the interval is a 95% bootstrap over seeds,
+stratified by environment, as [Agarwal et al. (2021)](https://arxiv.org/abs/2108.13264) advise. The agent scored is the
+best checkpoint of its run, chosen on other episodes; the steps of those are not counted. Training is the median wall
+time without evaluation, one core for each run, on a machine with two that other runs kept busy. Published figures are
+for the same version and as many steps, unless they say otherwise; their +/- is over the episodes of one run (zoo, Hub)
+or over runs (the others). Sources:
 {sources}.
 
 Made with {made_with}.
@@ -312,8 +312,14 @@ def summarize(row: Row, folder: Path) -> dict:
         "high": high, "min": means.min(), "std_over_episodes": np.mean([r["std_reward"] for r in found]),
         "training_seconds": np.median([r["training_seconds"] for r in found]),
     }  # fmt: skip
-    made_with = sorted({", ".join(f"{k} {v}" for k, v in r["settings"].items()) for r in found})
+    made_with = merge([r["settings"] for r in found])
     return summary | {name: round(float(value), 4) for name, value in numbers.items()} | {"made_with": made_with}
+
+
+def merge(settings: list[dict]) -> dict[str, list[str]]:
+    """{name: all values that it has in these settings}."""
+    pairs = {(name, str(value)) for one in settings for name, value in one.items()}
+    return {name: sorted(v for n, v in pairs if n == name) for one in settings for name in one}
 
 
 def markdown(summary: list[dict]) -> str:
@@ -330,13 +336,15 @@ def markdown(summary: list[dict]) -> str:
             )
             seconds = row["training_seconds"]
             wall = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
-            cells = [mean, std, f"{mid} [{low}, {high}]", worst, wall]
+            spread = [std, f"{mid} [{low}, {high}]"] if n > 1 else ["", ""]
+            cells = [mean, *spread, worst, wall]
         seeds = f"{n}" if n >= row["planned"] else f"{n} of {row['planned']}"
         lines.append(f"| {' | '.join([row['env_id'], steps, seeds, *cells, row['published'], row['source']])} |")
     if missing := [row["env_id"] for row in summary if not row["seeds"]]:
         lines.append(f"\nNot run: `python tests/reference.py --envs {' '.join(missing)}`")
     sources = ";\n".join(f"{name}: {where}" for name, where in SOURCES.items())
-    made_with = "; ".join(sorted({words for row in summary for words in row.get("made_with", [])}))
+    settings = [{k: " or ".join(v) for k, v in row["made_with"].items()} for row in summary if row["seeds"]]
+    made_with = ", ".join(f"{name} {' or '.join(values)}" for name, values in merge(settings).items())
     return "\n".join(lines) + "\n" + NOTES.format(sources=sources, made_with=made_with or "nothing yet")
 
 

@@ -115,8 +115,10 @@ def answer_of(server):
 
 
 def pattern(shown):
-    """A line that the README shows, with any numbers in place of its own, and anything in place of '...'."""
-    words = re.sub(NUMBER, "<number>", " ".join(shown.split()))
+    """A line that the README shows, with any numbers in place of its own, and anything in place of '...'.
+
+    What a preset scores is said of unchanged settings only: not where a command was shortened."""
+    words = re.sub(NUMBER, "<number>", " ".join(re.sub(r" \(scores .*?\)", "", shown).split()))
     return re.escape(words).replace("<number>", NUMBER).replace(r"\ ", r"\s+").replace(r"\.\.\.", ".*")
 
 

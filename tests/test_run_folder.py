@@ -73,6 +73,15 @@ def test_the_preset_taken_is_printed(trained):
     assert "preset: CartPole-v1" in trained.out.splitlines()[0]
 
 
+@pytest.mark.parametrize("flags, told", [(["--seed", 4], True), (["--gamma", 0.9], False)])
+def test_what_the_preset_scores_is_told_where_it_was_not_changed(flags, told, main, monkeypatch):
+    settings = dict(total_timesteps=64, num_envs=2, num_steps=32, validation_episodes=0, eval_episodes=1)
+    monkeypatch.setitem(ppo.PRESETS, "CartPole-v1", settings)
+    code, out, _ = main(*flags)
+    assert code == 0
+    assert ("(scores 500 in " in out.splitlines()[0]) == told
+
+
 def test_its_default_name_tells_what_it_is(main):
     code, out, _ = main(*QUICK, "--env-id", "FrozenLake-v1", "--exp-name", "try", "--seed", 5)
     assert code == 0

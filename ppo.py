@@ -28,8 +28,8 @@ Algorithms" (2017, arXiv:1707.06347), "PPO" below, and of "High-Dimensional Cont
 Advantage Estimation" (2016, arXiv:1506.02438), "GAE" below.
 
 Where this departs from the paper, as most implementations do: advantages are standardised per minibatch; the value
-loss is clipped too (--no-clip-vloss); gradients are clipped by global norm; actor and critic share no layers, but for
-images. Where it departs from CleanRL, whose flags it keeps:
+loss is halved, and clipped too (--no-clip-vloss); gradients are clipped by global norm; actor and critic share layers
+for images only. Where it departs from CleanRL, whose flags it keeps:
 - A time limit is no failure: a truncated episode is bootstrapped from the value of its last observation.
 - Gymnasium >= 1.0 spends one step on each reset; that row is no transition, and no loss or statistic ever sees it.
 - The rollout runs the actor only. Log-probabilities and values follow in one batch: the same numbers, much faster.
@@ -44,6 +44,7 @@ import contextlib
 import fnmatch
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import logging
@@ -59,21 +60,25 @@ import sys
 import threading
 import time
 import traceback
-import typing
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
+import huggingface_hub as hub
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import tyro
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub.dataclasses import type_validator
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.adam import adam
+from tqdm import tqdm
 
 
 class Stop(Exception):
@@ -148,6 +153,12 @@ class Args:
     def num_iterations(self) -> int:
         return self.total_timesteps // self.batch_size
 
+    @cached_property
+    def run(self) -> Path:
+        """The run's folder."""
+        name = re.sub(r"[^\w.=+-]", "-", f"{self.env_id}__{self.exp_name}__{self.seed}__{int(time.time())}")
+        return Path(self.resume or f"runs/{self.run_name or name}")
+
     def __post_init__(self):
         for words, low, high, names in RANGES:
             for name in names.split():
@@ -157,11 +168,17 @@ class Args:
                         raise ValueError(f"{flag(name)} must be {words}, got {x}")
         if self.run_name is not None and not re.fullmatch(r"\w[\w.=+-]*", self.run_name):
             raise ValueError(f"--run-name must be one plain folder name, got {self.run_name!r}")
+        if not all(math.isfinite(x) for x in self.env_kwargs.values() if isinstance(x, float)):
+            raise ValueError(f"--env-kwargs must be finite, got {self.env_kwargs}")
+        if (self.norm_obs or self.norm_reward) and self.batch_size <= self.total_timesteps < 2 * self.batch_size:
+            raise ValueError(
+                f"--total-timesteps {self.total_timesteps} is one batch only, which --norm-obs and --norm-reward take "
+                f"for their statistics; to learn, they need {2 * self.batch_size}"
+            )
         if self.norm_reward and self.clip_reward:
             raise ValueError("--norm-reward and --clip-reward exclude each other: choose one")
         if self.batch_size % self.num_minibatches:
-            B = self.batch_size
-            divisors = {d for k in range(1, math.isqrt(B) + 1) if B % k == 0 for d in (k, B // k)}
+            divisors = (d for d in range(1, 2 * self.num_minibatches) if self.batch_size % d == 0)
             near = sorted(divisors, key=lambda d: abs(d - self.num_minibatches))[:4]
             raise ValueError(
                 f"--num-minibatches {self.num_minibatches} does not divide the batch of {self.num_steps} steps x "
@@ -176,8 +193,8 @@ class Args:
 
 TINY, HUGE = sys.float_info.min, sys.float_info.max
 RANGES = (
-    ("from 1 to 65536", 1, 2**16, "num_envs update_epochs hidden_sizes eval_episodes checkpoint_every"),
-    ("a positive number", 1, 2**62, "total_timesteps num_minibatches"),
+    ("from 1 to 65536", 1, 2**16, "num_envs num_minibatches update_epochs hidden_sizes eval_episodes checkpoint_every"),
+    ("a positive number", 1, 2**62, "total_timesteps"),
     ("from 2 (one step could be all resets) to 1048576", 2, 2**20, "num_steps"),
     ("0 or a positive number", 0, 2**62, "seed validation_episodes"),
     ("above 0 and finite", TINY, HUGE, "learning_rate clip_coef max_grad_norm target_kl"),
@@ -226,8 +243,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "Walker2d-v5": MUJOCO | dict(  # more noise, or it learns to fall forwards and no more
         num_envs=16, num_steps=128, ent_coef=0.001, logstd_init=0.0,
     ),
-    "Ant-v5": CALM | dict(gae_lambda=0.95, env_kwargs=UNTOUCHED),
-    **{f"{name}-v5": CALM for name in ("HalfCheetah", "Humanoid", "HumanoidStandup", "Reacher", "Pusher")},
+    "Ant-v5": CALM | dict(learning_rate=5e-4, gae_lambda=0.95, env_kwargs=UNTOUCHED),
+    "Humanoid*-v5": CALM | dict(  # small steps, for 17 joints move the policy far
+        learning_rate=3e-4, gae_lambda=0.95, logstd_init=-1.0, env_kwargs=UNTOUCHED,
+    ),
+    **{f"{name}-v5": CALM for name in ("HalfCheetah", "Reacher", "Pusher")},
     **{f"{name}-v5": MUJOCO for name in ("Hopper", "InvertedPendulum", "InvertedDoublePendulum")},
     "ALE/*": dict(  # the published protocol and CleanRL's settings: no sticky actions
         env_kwargs={"repeat_action_probability": 0.0}, total_timesteps=10_000_000, num_envs=8, clip_coef=0.1,
@@ -241,7 +261,7 @@ REACHED: dict[str, tuple[float, int]] = {
     "Hopper-v5": (3274.0, 273), "Acrobot-v1": (-81.61, 63), "MountainCar-v0": (-108.7, 36),
     "Pendulum-v1": (-175.2, 38), "LunarLanderContinuous-v3": (278.8, 85), "Swimmer-v5": (330.9, 272),
     "InvertedPendulum-v5": (1000.0, 224), "InvertedDoublePendulum-v5": (9090.0, 141), "Reacher-v5": (-4.534, 117),
-    "Pusher-v5": (-30.87, 326),
+    "Pusher-v5": (-31.93, 166),
 }  # fmt: skip
 
 
@@ -266,14 +286,8 @@ def flag(name: str) -> str:
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags over saved arguments (--evaluate, --resume, --push) or over the environment's preset (training)."""
-
-    @dataclass
-    class First:  # what decides where the defaults come from
-        env_id: str | None = None
-        evaluate: str | None = None
-        resume: str | None = None
-        push: str | None = None
-
+    # First what decides where the defaults come from
+    First: Any = make_dataclass("First", [(name, str | None, None) for name in ("env_id", *MODES)])
     first, _ = tyro.cli(First, args=argv, return_unknown_args=True, add_help=False)
     mode = {name: getattr(first, name) for name in MODES if getattr(first, name) is not None}
     if len(mode) > 1:
@@ -288,8 +302,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
     # Given a filled dict as a default, tyro would take its keys for flags: it gets an empty one, and we merge the two.
     args = tyro.cli(Args, args=argv, default=replace(defaults, env_kwargs={}), prog="ppo.py")
     args = replace(args, **mode, env_kwargs=defaults.env_kwargs | args.env_kwargs)
-    if mode and not first.evaluate:
-        refuse_changes(saved, args)
+    old, new = asdict(saved), asdict(args)
+    changed = [f"{flag(k)} {old[k]} -> {new[k]}" for k in old if old[k] != new[k] and k not in FREE]
+    if changed and mode and not first.evaluate:  # what is resumed or pushed must be the run that it was
+        free = ", ".join(flag(k) for k in FREE if k not in MODES)
+        raise Stop(f"the settings of a run are part of it, but this differs: {'; '.join(changed)}. May differ: {free}")
     return args
 
 
@@ -327,8 +344,9 @@ def make_envs(args: Args, seeds: list[int], training: bool = True, render: bool 
     try:
         if module or atari:
             gym.register_envs(importlib.import_module(module or "ale_py"))
+        native = gym.spec(env_id).vector_entry_point  # raises if Gymnasium does not know this id
         if mode == "auto" or (not training and mode in ("async", "envpool")):
-            mode = "native" if gym.spec(env_id).vector_entry_point else "sync"
+            mode = "native" if native else "sync"
         if mode == "envpool":
             kwargs |= {"env_type": "gymnasium", "num_envs": len(seeds), "seed": seeds}
             pool, name = importlib.import_module("envpool"), env_id.removeprefix("ALE/")
@@ -340,16 +358,13 @@ def make_envs(args: Args, seeds: list[int], training: bool = True, render: bool 
             envs = gym.make_vec(env_id, len(seeds), "vector_entry_point", **kwargs)
         else:
             envs = gym.make_vec(env_id, len(seeds), mode, {"copy": False}, **kwargs)
-    except ImportError as error:
-        package = (error.name or "").replace("_", "-")
-        hint = "is it on the Python path?" if error.name == module else f"try: pip install {package}"
-        raise Stop(f"cannot make {args.env_id}: {error}; {hint}") from None
-    except gym.error.Error as error:
-        raise Stop(f"cannot make {args.env_id}: {error}") from None
-    except TypeError as error:
-        if not args.env_kwargs:
-            raise
-        raise Stop(f"cannot make {args.env_id} with {args.env_kwargs}: {error}") from None
+    except (ImportError, gym.error.Error, TypeError) as error:
+        if isinstance(error, TypeError) and not args.env_kwargs:
+            raise  # it is not about what the user gave
+        given = f" with {args.env_kwargs}" if args.env_kwargs else ""
+        missing = getattr(error, "name", None)  # an ImportError's
+        hint = f"; try: pip install {missing.replace('_', '-')}" if missing and missing != module else ""
+        raise Stop(f"cannot make {args.env_id}{given}: {error}{hint}") from None
 
     space = envs.single_observation_space
     if not (isinstance(space, gym.spaces.Box) and (len(space.shape) == 1 or is_image(space))):
@@ -357,51 +372,40 @@ def make_envs(args: Args, seeds: list[int], training: bool = True, render: bool 
             supported = "Box, Discrete, MultiDiscrete, MultiBinary, Dict and Tuple of these (EnvPool: vectors, images)"
             raise Stop(f"{args.env_id} observes {space}; supported: {supported}")
         envs = gym.wrappers.vector.FlattenObservation(envs)
-    try:
-        obs, info = envs.reset(seed={"native": seeds[0], "envpool": None}.get(mode, seeds))  # EnvPool has its seeds
-    except Exception as error:
-        blame(envs, error, "at its reset")
-        raise
-    check_finite("observation", obs, "at its reset")
-    return envs, obs, info
+    seed = {"native": seeds[0], "envpool": None}.get(mode, seeds)  # EnvPool has its seeds
+    return envs, *ask(envs, "at its reset", envs.reset, seed=seed)
 
 
 def step_envs(envs, actions: Tensor, t: int):
     """`envs.step`, with continuous actions clipped to their box (the agent keeps them unclipped) and faults named."""
-    space, choice, when = envs.single_action_space, actions.cpu().numpy(), f"at step {t}"
+    space = envs.single_action_space
+    choice = actions.cpu().numpy() + getattr(space, "start", 0)  # of Discrete and MultiDiscrete
     if isinstance(space, gym.spaces.Box):
         choice = np.clip(choice, space.low, space.high)
-    elif not isinstance(space, gym.spaces.MultiBinary):
-        choice = choice + space.start
+    return ask(envs, f"at step {t}", envs.step, choice.astype(space.dtype, copy=False))
+
+
+def ask(envs, when: str, method: Callable, *args, **kwargs):
+    """The answer of `envs.reset` or `envs.step`; Stop, or a note on the error, names the environment at fault."""
     try:
-        obs, rewards, terminated, truncated, info = envs.step(choice.astype(space.dtype, copy=False))
+        answer = method(*args, **kwargs)
     except Exception as error:
-        blame(envs, error, when)
+        envs = envs.unwrapped
+        raisers = [i for i, pipe in enumerate(getattr(envs, "parent_pipes", ())) if pipe is None]  # AsyncVectorEnv's
+        for i, worker in enumerate(() if raisers else getattr(envs, "processes", ())):
+            worker.join(0.1)
+            if worker.exitcode is not None:
+                raise Stop(f"environment {i}: its process died {when}, exit code {worker.exitcode}", code=1) from None
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if isinstance(frame.f_locals.get("self"), gym.vector.SyncVectorEnv):
+                raisers = [frame.f_locals["i"]]
+        error.add_note(f"Raised by environment {', '.join(map(str, raisers)) or '(unknown)'} {when}.")
         raise
-    check_finite("reward", rewards, when)
-    check_finite("observation", obs, when)
-    return obs, rewards, terminated, truncated, info
-
-
-def check_finite(name: str, values: np.ndarray, when: str) -> None:
-    """Stop for a NaN or an infinity, before anything is learned from it."""
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        i = int(np.argwhere(~np.isfinite(values))[0, 0])
-        raise Stop(f"environment {i} gave the {name} {values[i]} {when}; nothing was learned from it", code=1)
-
-
-def blame(envs, error: Exception, when: str) -> None:
-    """Note on an environment's error which environment raised it; Stop if its process died."""
-    envs = envs.unwrapped
-    raisers = [i for i, pipe in enumerate(getattr(envs, "parent_pipes", ())) if pipe is None]  # AsyncVectorEnv's
-    for i, worker in enumerate(getattr(envs, "processes", ())):
-        worker.join(0.1)
-        if not raisers and worker.exitcode is not None:
-            raise Stop(f"environment {i}: its process died {when}, exit code {worker.exitcode}", code=1) from None
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if isinstance(frame.f_locals.get("self"), gym.vector.SyncVectorEnv):
-            raisers = [frame.f_locals["i"]]
-    error.add_note(f"Raised by environment {', '.join(map(str, raisers)) or '(unknown)'} {when}.")
+    for name, values in zip(("observation", "reward"), answer[:-1]):  # a reset answers with no reward
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            i = int(np.argwhere(~np.isfinite(values))[0, 0])
+            raise Stop(f"environment {i} gave the {name} {values[i]} {when}; nothing was learned from it", code=1)
+    return answer
 
 
 def agent_config(args: Args, envs) -> dict[str, Any]:
@@ -428,14 +432,10 @@ def agent_config(args: Args, envs) -> dict[str, Any]:
 class RunningMeanStd(nn.Module):
     """Mean and variance of all rows seen so far, over all ranks; float64, merged as in Chan et al. (1979)."""
 
-    count: Tensor
-    mean: Tensor
-    var: Tensor
-
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()
-        for name, value in (("count", 0.0), ("mean", 0.0), ("var", 1.0)):
-            self.register_buffer(name, torch.full(shape, value, dtype=torch.float64))
+        self.count, self.mean = (nn.Buffer(torch.zeros(shape, dtype=torch.float64)) for _ in range(2))
+        self.var = nn.Buffer(torch.ones(shape, dtype=torch.float64))
 
     @property
     def std(self) -> Tensor:
@@ -444,9 +444,11 @@ class RunningMeanStd(nn.Module):
     def update(self, rows: Tensor) -> None:  # [n, *shape]
         d = rows.double() - self.mean
         n, first, second = rank_sum(torch.stack([torch.full_like(self.mean, len(d)), d.sum(0), d.square().sum(0)]))
-        self.var.copy_(((self.count * self.var + second) / (self.count + n) - (first / (self.count + n)) ** 2).clamp(0))
-        self.mean.add_(first / (self.count + n))
-        self.count.add_(n)
+        total = self.count + n
+        shift = first / total
+        self.var.copy_(((self.count * self.var + second) / total - shift**2).clamp(0))
+        self.mean.add_(shift)
+        self.count.copy_(total)
 
 
 def layer_init(layer, gain: float = math.sqrt(2)):
@@ -463,30 +465,26 @@ def mlp(sizes: list[int], activation: str, gain: float) -> nn.Sequential:
     return nn.Sequential(*hidden, layer_init(nn.Linear(*sizes[-2:]), gain))
 
 
-def flatten(agent: nn.Module) -> nn.Parameter:
-    """theta: one vector that all of the agent's parameters are slices of, and theta.grad one of their gradients.
+def flatten(agent: nn.Module) -> Tensor:
+    """theta: one vector that all of the agent's parameters are slices of.
 
     Clipping, Adam and the sum over ranks then are a few operations on it, not a few dozen on its parts."""
-    parameters = list(agent.parameters())
-    theta = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
-    theta.grad = torch.zeros_like(theta)
-    sizes = [p.numel() for p in parameters]
-    for p, value, grad in zip(parameters, theta.data.split(sizes), theta.grad.split(sizes)):
-        p.data, p.grad = value.view_as(p), grad.view_as(p)
+    theta = parameters_to_vector(agent.parameters()).detach()
+    vector_to_parameters(theta, agent.parameters())
     return theta
 
 
-def adam_step(theta: nn.Parameter, moments: dict[str, Tensor], lr: float) -> None:
+def adam_step(theta: Tensor, gradient: Tensor, moments: dict[str, Tensor], lr: float) -> None:
     """One step of Adam (Kingma & Ba 2015), in place. torch.optim.Adam would import torch's compiler first: seconds."""
     mean, square, step = moments.values()
-    adam([theta.data], [theta.grad], [mean], [square], [], [step], fused=True, lr=lr, beta1=0.9, beta2=0.999, eps=1e-5,
+    adam([theta], [gradient], [mean], [square], [], [step], fused=True, lr=lr, beta1=0.9, beta2=0.999, eps=1e-5,
          weight_decay=0.0, amsgrad=False, maximize=False)  # fmt: skip  # eps as in OpenAI's baselines
 
 
 # ---- The agent -------------------------------------------------------------------------------------------------------
 
 
-class Agent(nn.Module, PyTorchModelHubMixin):
+class Agent(nn.Module, hub.PyTorchModelHubMixin):
     """Policy and value function with all they need to act: weights and running statistics.
 
     Vectors go through separate actor and critic MLPs, images through one Nature CNN (Mnih et al. 2015) with two heads.
@@ -647,12 +645,11 @@ def ppo_loss(agent: Callable, obs, actions, logprobs, values, returns, advantage
         return loss, torch.stack([pg_loss, v_loss, entropy, -logratio.mean(), kl, clipfrac])
 
 
-def compute_gradient(agent: Agent, theta: nn.Parameter, minibatch: list[Tensor], args: Args) -> Tensor:
-    """Leave the gradient of the loss in theta.grad; returns the METRICS."""
+def compute_gradient(agent: Agent, minibatch: list[Tensor], args: Args) -> Tensor:
+    """The gradient of the loss with respect to theta and, behind it, the METRICS: one message for the ranks."""
     loss, metrics = ppo_loss(agent, *minibatch, args)
-    theta.grad.zero_()
-    loss.backward()
-    return metrics
+    gradients = torch.autograd.grad(loss, list(agent.parameters()))
+    return torch.cat([x.flatten() for x in (*gradients, metrics)])
 
 
 # ---- The loop: collect, estimate, optimise, report -------------------------------------------------------------------
@@ -660,11 +657,13 @@ def compute_gradient(agent: Agent, theta: nn.Parameter, minibatch: list[Tensor],
 
 def train(args: Args) -> Path:
     """PPO, Algorithm 1, from the start or from a checkpoint. Returns the run's folder, with the trained agent in it."""
-    args, (rank, world) = named(args), join_ranks(args)
+    rank, world = join_ranks(args)
     envs, _, info = make_envs(args, seeds(args.seed, TRAINING))  # one environment, to look at its spaces
     if args.episodic_life and "lives" not in info:
         raise Stop(f"--episodic-life needs info['lives'], which {args.env_id} does not give")
     config = agent_config(args, envs)
+    if args.norm_obs and len(config["obs_shape"]) == 3:
+        raise Stop("--norm-obs is for vectors; images are scaled to [0, 1] anyway: leave it out")
     device = choose_device(args, config)
     T, N, K = args.num_steps, args.num_envs // world, args.num_minibatches
     torch.manual_seed(seeds(args.seed, WEIGHTS)[0])  # the same weights on every rank
@@ -675,10 +674,11 @@ def train(args: Args) -> Path:
     obs = torch.zeros(T + 1, N, *agent.obs_shape, dtype=torch.uint8 if agent.image else None, device=device)
     actions = torch.zeros(T, N, *agent.action_shape, dtype=torch.int64 if agent.nvec else None, device=device)
     rewards, lives, (terminated, truncated) = np.zeros((T, N)), np.zeros((T + 1, N)), np.zeros((2, T, N), dtype=bool)
-    gradient_fn = compile_gradient(args, agent, theta, obs, actions) if args.compile else compute_gradient
+    gradient_fn = compile_gradient(args, agent, obs, actions) if args.compile else compute_gradient
     run, state = open_run(args, agent, moments, generator)  # state: iteration, global_step, seconds, best
     writer, bar, recent = open_log(args, run, state) if rank == 0 else (None, None, None)
-    every = args.checkpoint_every or default_interval(args)
+    limit = gym.spec(args.env_id.rpartition(":")[2]).max_episode_steps or 0  # a checkpoint cuts episodes: rarely, then
+    every = args.checkpoint_every or max(args.num_iterations // 10, math.ceil(5 * limit / T), 1)
 
     for iteration in range(state["iteration"], args.num_iterations + 1):
         if iteration % every == 0 or iteration == args.num_iterations:
@@ -701,8 +701,7 @@ def train(args: Args) -> Path:
         with torch.inference_mode():
             for t, eps in enumerate(noise):
                 actions[t] = action = agent.act(obs[t], eps)
-                step = step_envs(envs, action, iteration * T + t)
-                next_obs, rewards[t], terminated[t], truncated[t], info = step
+                next_obs, rewards[t], terminated[t], truncated[t], info = step_envs(envs, action, iteration * T + t)
                 obs[t + 1] = to_torch(next_obs, device)
                 if args.episodic_life:
                     lives[t + 1] = info["lives"]
@@ -712,29 +711,34 @@ def train(args: Args) -> Path:
 
         # Estimate advantages and value targets
         lost_life = (lives[1:] < lives[:-1]) & valid
-        ends = [to_torch(end | lost_life, device) for end in (terminated, done)]
+        ends = [to_torch(end | lost_life, device) for end in (terminated, done)]  # of the value horizon
         logprobs, values = score(agent, obs, actions)  # [T, N], [T+1, N]
-        learned = to_torch(scale_rewards(args, agent, rewards), device)
+        scaled = np.sign(rewards) if args.clip_reward else rewards  # reported returns are sums of the untouched ones
+        if args.norm_reward:
+            scaled = (rewards / agent.return_stats.std.item()).clip(-10, 10)
+        learned = to_torch(scaled.astype(np.float32), device)
         advantages = compute_gae(learned, values, *ends, args.gamma, args.gae_lambda)  # [T, N]
-        batch = [x.flatten(0, 1) for x in (obs[:T], actions, logprobs, values[:T], advantages + values[:T])]
+        returns = advantages + values[:T]  # [T, N], what the critic learns
+        batch = [x.flatten(0, 1) for x in (obs[:T], actions, logprobs, values[:T], returns)]
         rows = minibatches(to_torch(valid, device), args.update_epochs, K, generator)  # [epochs, K, M]
         transitions = int(rank_sum(torch.tensor(valid.sum(), device=device)))
         weight = valid.sum() / transitions  # this rank's share
-        advantages = advantages.flatten()[rows]
+        chosen = advantages.flatten()[rows]  # [epochs, K, M]
         if args.norm_adv:
-            advantages = standardize(advantages, weight)
+            chosen = standardize(chosen, weight)
 
         # Optimise policy and value function together
         history, priming = [], iteration == 0 and (args.norm_obs or args.norm_reward)
         for epoch in range(0 if priming else args.update_epochs):  # the first rollout only fills the statistics
-            for index, advantage in zip(rows[epoch], advantages[epoch]):  # [M] each
-                metrics = gradient_fn(agent, theta, [*(x[index] for x in batch), advantage], args)
-                history.append(reduce_gradient(theta, metrics, weight))
-                norm = theta.grad.norm()
-                if not (norm + history[-1].sum()).isfinite():
+            for index, advantage in zip(rows[epoch], chosen[epoch]):  # [M] each
+                message = gradient_fn(agent, [*(x[index] for x in batch), advantage], args)
+                gradient, metrics = rank_sum(weight * message).tensor_split([len(theta)])  # means over all ranks
+                history.append(metrics.clone())  # a view would keep the whole message
+                norm = gradient.norm()
+                if not (norm + metrics.sum()).isfinite():
                     raise Stop(f"loss or gradient not finite in iteration {iteration}: lower --learning-rate", code=1)
-                theta.grad *= (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-                adam_step(theta, moments, lr)
+                gradient *= (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+                adam_step(theta, gradient, moments, lr)
             if args.target_kl is not None:
                 kl = torch.stack(history[-K:])[:, METRICS.index("approx_kl")].mean()
                 if kl > args.target_kl:
@@ -760,26 +764,19 @@ def train(args: Args) -> Path:
     if rank == 0:
         writer.close()
         bar.close()
-        published = Agent(**config)
+        published = Agent(**config)  # a new one: safetensors does not take slices of theta
         published.load_state_dict(state["best"]["agent"])
         published.save_pretrained(run)
     return run
 
 
-@torch.no_grad()
+@torch.no_grad()  # not inference_mode: autograd will meet these numbers in the loss
 def score(agent: Agent, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities [T, N] of the actions taken and values [T+1, N], a few thousand rows at a time."""
     T, N = actions.shape[:2]
     chunks = zip(obs[:T].flatten(0, 1).split(4096), actions.flatten(0, 1).split(4096))
     _, logprobs, _, values = zip(*(agent.get_action_and_value(*chunk) for chunk in chunks))
     return torch.cat(logprobs).view(T, N), torch.cat([*values, agent.get_value(obs[T])]).view(T + 1, N)
-
-
-def scale_rewards(args: Args, agent: Agent, rewards: np.ndarray) -> np.ndarray:
-    """The rewards to learn from, [T, N] float32. Reported returns are sums of the untouched ones."""
-    if args.norm_reward:
-        rewards = (rewards / agent.return_stats.std.item()).clip(-10, 10)
-    return (np.sign(rewards) if args.clip_reward else rewards).astype(np.float32)
 
 
 # ---- Devices and ranks -----------------------------------------------------------------------------------------------
@@ -831,37 +828,16 @@ def rank_sum(x: Tensor) -> Tensor:
     return x
 
 
-def reduce_gradient(theta: nn.Parameter, metrics: Tensor, weight: float) -> Tensor:
-    """Weighted means of theta.grad (in place) and of the metrics (returned) over the ranks, in a single message."""
-    if not dist.is_initialized():
-        return metrics
-    gradient, metrics = rank_sum(weight * torch.cat([theta.grad, metrics])).tensor_split([theta.numel()])
-    theta.grad.copy_(gradient)
-    return metrics
-
-
-def compile_gradient(args: Args, agent: Agent, theta: nn.Parameter, obs: Tensor, actions: Tensor) -> Callable:
+def compile_gradient(args: Args, agent: Agent, obs: Tensor, actions: Tensor) -> Callable:
     """compute_gradient as a single graph, without autograd at run time; compiled here, for minibatches of this size."""
-    if theta.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+    if obs.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise Stop("--compile needs a C++ compiler, and g++ is not on the PATH: install it, or leave --compile out")
-    names, parameters = zip(*agent.named_parameters())
-    sizes, shapes = [p.numel() for p in parameters], [p.shape for p in parameters]
-
-    def loss(vector: Tensor, minibatch: list[Tensor]) -> tuple[Tensor, Tensor]:
-        weights = {name: x.view(shape) for name, x, shape in zip(names, vector.split(sizes), shapes)}
-        return ppo_loss(lambda *inputs: torch.func.functional_call(agent, weights, inputs), *minibatch, args)
-
-    mode = "reduce-overhead" if theta.is_cuda else "default"  # on a GPU: replay it as a CUDA graph; it holds no RNG
-    graph = torch.compile(torch.func.grad(loss, has_aux=True), fullgraph=True, dynamic=False, mode=mode)
-
-    def compiled(agent: Agent, theta: nn.Parameter, minibatch: list[Tensor], args: Args) -> Tensor:
-        gradient, metrics = graph(theta.detach(), minibatch)
-        theta.grad.copy_(gradient)
-        return metrics.clone()  # the next replay writes to the same memory
-
+    torch._dynamo.config.trace_autograd_ops = True  # else torch.autograd.grad would break the graph
+    mode = "reduce-overhead" if obs.is_cuda else "default"  # on a GPU: replay it as a CUDA graph; it holds no RNG
+    compiled = torch.compile(compute_gradient, fullgraph=True, dynamic=False, mode=mode)
     M, started = math.prod(actions.shape[:2]) // args.num_minibatches, time.perf_counter()
     rows = [x.flatten(0, 1)[:M] for x in (obs, actions)]
-    compiled(agent, theta, [*rows, *torch.zeros(4, M, device=theta.device)], args)
+    compiled(agent, [*rows, *torch.zeros(4, M, device=obs.device)], args)
     if ranks()[0] == 0:
         print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
     return compiled
@@ -873,16 +849,6 @@ def compile_gradient(args: Args, agent: Agent, theta: nn.Parameter, obs: Tensor,
 VERSION = 1  # of the checkpoints' format
 # What may change when a run is resumed or pushed:
 FREE = (*MODES, "device", "track", "wandb_project_name", "wandb_entity", "repo_id", "private", "capture_video")
-
-
-def named(args: Args) -> Args:
-    """The arguments, with the run's default name filled in."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    return replace(args, run_name=args.run_name or re.sub(r"[^\w.=+-]", "-", name))
-
-
-def run_folder(args: Args) -> Path:
-    return Path(args.resume or f"runs/{args.run_name}")
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -906,52 +872,25 @@ def write_json(path: Path, data: dict) -> None:
     write_file(path, (json.dumps(data, indent=2) + "\n").encode())
 
 
-def conforms(value: Any, hint: Any) -> bool:
-    """Whether a value read from JSON is of an annotated type."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple:
-        return isinstance(value, list) and all(conforms(v, inner[0]) for v in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(conforms(v, inner[1]) for v in value.values())
-    if origin is Literal:
-        return value in inner
-    if origin is not None:  # a union
-        return any(conforms(value, h) for h in inner)
-    return type(value) is hint if hint is not float else type(value) in (int, float) and -HUGE <= value <= HUGE
-
-
 def load_args(folder: Path, source: str | None = None) -> Args:
     """The arguments in a run's hyperparameters.json; each name, type and range is checked."""
-    path, hints = folder / "hyperparameters.json", typing.get_type_hints(Args)
+    path, types = folder / "hyperparameters.json", {f.name: f.type for f in fields(Args) if f.name not in MODES}
     try:
-        data = json.loads(path.read_text())
+        data = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()}
         for name, value in data.items():
-            if name not in hints or name in MODES or not conforms(value, hints[name]):
-                raise ValueError(f"{name} = {value!r:.80} is not one of ppo.py's settings")
-        return Args(**{name: tuple(value) if type(value) is list else value for name, value in data.items()})
+            if name not in types:
+                raise ValueError(f"{name:.80} is not one of ppo.py's settings")
+            type_validator(name, value, types[name] | int if types[name] is float else types[name])
+        return Args(**data)
     except OSError as error:
         raise Stop(f"cannot read {path}: {error.strerror}; is {folder} a run's folder?") from None
-    except (ValueError, ArithmeticError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, ArithmeticError, AttributeError, RecursionError) as error:
         raise Stop(f"refused hyperparameters.json of {source or folder}: {str(error):.200}") from None
-
-
-def refuse_changes(saved: Args, args: Args) -> None:
-    """What is resumed or pushed must be the run that it was: Stop with the difference if it would not be."""
-    old, new = asdict(saved), asdict(args)
-    if changed := [f"{flag(k)} {old[k]} -> {new[k]}" for k in old if old[k] != new[k] and k not in FREE]:
-        free = ", ".join(flag(k) for k in FREE if k not in MODES)
-        raise Stop(f"the settings of a run are part of it, but this differs: {'; '.join(changed)}. May differ: {free}")
-
-
-def default_interval(args: Args) -> int:
-    """Iterations between checkpoints: each cuts the episodes under way, so they must stay rare beside episodes."""
-    limit = gym.spec(args.env_id.rpartition(":")[2]).max_episode_steps or 0
-    return max(args.num_iterations // 10, math.ceil(5 * limit / args.num_steps), 1)
 
 
 def open_run(args: Args, agent: Agent, moments: dict, generator: torch.Generator) -> tuple[Path, dict[str, Any]]:
     """The run's folder and the state to start from: a new one, or with --resume the checkpoint's, put in place."""
-    run, device = run_folder(args), generator.device.type
+    run, device = args.run, generator.device.type
     rank, world = ranks()
     here = {"python": platform.python_version(), "torch": str(torch.__version__), "gymnasium": gym.__version__,
             "numpy": np.__version__, "device": device, "threads": torch.get_num_threads(), "ranks": world}  # fmt: skip
@@ -975,8 +914,10 @@ def open_run(args: Args, agent: Agent, moments: dict, generator: torch.Generator
         agent.load_state_dict(state["agent"])
         for name, value in state["moments"].items():
             moments[name].copy_(value)
-        if rank < len(state["generators"]):  # else more ranks than before: a stream of its own
+        if rank < len(state["generators"]) and state["settings"]["device"] == device:
             generator.set_state(state["generators"][rank])
+        else:  # more ranks, or another kind of generator, than before: a stream of its own
+            generator.manual_seed(seeds(args.seed, SAMPLING, rank, state["iteration"])[0])
     if rank == 0:
         usual = args.env_id in REACHED and changes(args).keys() <= {"seed", "exp_name", "eval_episodes"}
         reached = " (scores {:g} in {} s)".format(*REACHED[args.env_id]) if usual else ""
@@ -1036,7 +977,6 @@ def open_log(args: Args, run: Path, state: dict):
         wandb.init(**names, dir=run.parent, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
-    from tqdm import tqdm
 
     resumed = "agent" in state
     writer = SummaryWriter(run, purge_step=state["global_step"] + 1 if resumed else None, flush_secs=10)
@@ -1087,8 +1027,8 @@ def evaluate(agent: Agent, args: Args, episodes: int, stream: int = EVALUATION, 
     while running.any() and lengths.max() < 27_000:
         if not deterministic:
             noise = agent.sample_noise(episodes, generator=generator)
-        step = step_envs(envs, agent.act(to_torch(obs, device), noise), int(lengths.max()))
-        obs, rewards, terminated, truncated, _ = step
+        actions = agent.act(to_torch(obs, device), noise)
+        obs, rewards, terminated, truncated, _ = step_envs(envs, actions, int(lengths.max()))
         returns += rewards * running
         lengths += running
         running &= ~(terminated | truncated)
@@ -1127,6 +1067,7 @@ def record_video(agent: Agent, args: Args, path: Path) -> None:
         envs.close()
         os.replace(unfinished, path)
     except Exception as error:
+        path.with_name("unfinished.mp4").unlink(missing_ok=True)
         print(f"warning: no video: {type(error).__name__}: {str(error).partition(chr(10))[0]:.200}", file=sys.stderr)
 
 
@@ -1196,16 +1137,14 @@ def policy_folder(name: str) -> tuple[Path, str | None]:
     is_repo = re.fullmatch(r"(?!runs/)[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", name)
     if Path(name).is_dir() or not is_repo:
         return Path(name), None
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-
     repo_id, _, commit = name.partition("@")
     for file, limit in SIZE_LIMITS.items():
         with one_line(f"downloading {file} of {name}", "Is this a run's folder, or a repo that ppo.py pushed?"):
-            found = get_hf_file_metadata(hf_hub_url(repo_id, file, revision=commit or None))
+            found = hub.get_hf_file_metadata(hub.hf_hub_url(repo_id, file, revision=commit or None))
             if found.size is None or found.size > limit:
                 raise Stop(f"refused {name}: {file} has {found.size} bytes, the limit is {limit}")
             commit = str(found.commit_hash)
-            path = hf_hub_download(repo_id, file, revision=commit)
+            path = hub.hf_hub_download(repo_id, file, revision=commit)
     return Path(path).parent, f"{repo_id}@{commit}"
 
 
@@ -1231,47 +1170,36 @@ def played_args(name: str, env_id: str | None) -> tuple[Args, str]:
 
 def load_agent(folder: Path, args: Args, source: str | None = None) -> Agent:
     """The agent in a folder, if its files are exactly what an agent for this environment would save; else Stop."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     envs, *_ = make_envs(args, seeds(args.seed, EVALUATION), training=False)
     config = agent_config(args, envs)
     envs.close()
     try:
         if json.loads((folder / "config.json").read_text()) != config:
             raise ValueError(f"config.json is not that of an agent for {args.env_id} with these settings")
-        with torch.device("meta"):  # shapes, but no memory
-            expected = Agent(**config).state_dict()
-        weights = load_file(folder / "model.safetensors")
-        fits = [{(name, x.shape, x.dtype) for name, x in tensors.items()} for tensors in (expected, weights)]
-        if fits[0] != fits[1]:
-            raise ValueError(
-                f"model.safetensors does not fit config.json: {min(name for name, *_ in fits[0] ^ fits[1])}"
-            )
-        if wrong := [name for name, x in weights.items() if not x.isfinite().all()]:
-            raise ValueError(f"model.safetensors is not finite: {', '.join(wrong[:3])}")
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        with torch.device("meta"):  # shapes, but no memory: that is the file's
+            agent = Agent(**config)
+        types = {name: x.dtype for name, x in agent.state_dict().items()}
+        agent.load_state_dict(weights, assign=True)  # names and shapes must fit
+        if wrong := [name for name, x in weights.items() if x.dtype != types[name] or not x.isfinite().all()]:
+            raise ValueError(f"not finite, or of the wrong type: {', '.join(wrong[:3])}")
     except OSError as error:
         raise Stop(f"cannot read the agent in {folder}: {error.strerror or error}") from None
-    except (ValueError, SafetensorError, RecursionError) as error:
-        raise Stop(f"refused config.json or model.safetensors of {source or folder}: {str(error):.200}") from None
-    agent = Agent(**config)
-    agent.load_state_dict(weights)
+    except (ValueError, safetensors.SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise Stop(f"refused config.json or model.safetensors of {source or folder}: {reason:.200}") from None
     return agent.to(choose_device(args, config))
 
 
 def claim_repo(args: Args) -> str:
     """The full name of the repo to push to, made if need be, once the right to write to it is certain."""
-    from huggingface_hub import HfApi
-
-    repo_id = HfApi().create_repo(args.repo_id, private=args.private or None, exist_ok=True).repo_id
-    HfApi().auth_check(repo_id, write=True)  # a token that may only read gets this far if the repo exists
+    repo_id = hub.create_repo(args.repo_id, private=args.private or None, exist_ok=True).repo_id
+    hub.auth_check(repo_id, write=True)  # a token that may only read gets this far if the repo exists
     return repo_id
 
 
 def push(args: Args, run: Path) -> None:
     """Card, agent, scores, video, logs and code in one commit, in place of what an earlier push left."""
-    from huggingface_hub import HfApi
-
     if not args.repo_id or not (run / "results.json").exists():
         raise Stop(f"{run} is not finished: --resume {run}" if args.repo_id else "--push needs --repo-id me/name")
     hide_host(run)
@@ -1282,7 +1210,7 @@ def push(args: Args, run: Path) -> None:
         repo_id = claim_repo(args)
         results = json.loads((run / "results.json").read_text())
         write_file(run / "README.md", model_card(args, run, repo_id, results).encode())
-        url = HfApi().upload_folder(repo_id=repo_id, folder_path=run, commit_message=f"PPO plays {args.env_id}",
+        url = hub.upload_folder(repo_id=repo_id, folder_path=run, commit_message=f"PPO plays {args.env_id}",
                                     allow_patterns=PUBLISHED, delete_patterns=["*tfevents*", "replay.mp4"])  # fmt: skip
     print(f"pushed: {url}")
 
@@ -1320,19 +1248,15 @@ def sparkline(run: Path, width: int = 40) -> str:
 
 def model_card(args: Args, run: Path, source: str, r: dict[str, Any]) -> str:
     """README.md of the repo: metadata as the Hub's leaderboards read it, then the text for people."""
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
     score, other = (f"{r[k + 'mean_reward']:.2f} +/- {r[k + 'std_reward']:.2f}" for k in ("", "other_"))
     how = ("greedy", "sampled") if r["deterministic"] else ("sampled", "greedy")
     task = "reinforcement-learning"
-    result = EvalResult(task_type=task, task_name=task, dataset_type=args.env_id, dataset_name=args.env_id,
+    result = hub.EvalResult(task_type=task, task_name=task, dataset_type=args.env_id, dataset_name=args.env_id,
                         metric_type="mean_reward", metric_name="mean_reward", metric_value=score)  # fmt: skip
     tags = [args.env_id, "ppo", "deep-reinforcement-learning", task, "custom-implementation", "deep-rl-course"]
-    data = ModelCardData(model_name=f"PPO-{args.env_id}", library_name="ppo", pipeline_tag=task, tags=tags,
+    data = hub.ModelCardData(model_name=f"PPO-{args.env_id}", library_name="ppo", pipeline_tag=task, tags=tags,
                          eval_results=[result])  # fmt: skip
-    machine = "{device}, {threads} threads of {cores} cores ({machine}), {ranks} ranks".format(**r["settings"])
-    apart = ("device", "threads", "cores", "machine", "ranks")
-    versions = ", ".join(f"{name} {version}" for name, version in r["settings"].items() if name not in apart)
+    settings = ", ".join(f"{name} {value}" for name, value in r["settings"].items())
     rows = "\n".join(f"| `{flag(k)}` | {v} |" for k, v in asdict(args).items() if k not in FREE)
     download = "" if source.startswith("runs/") else f"hf download {source} ppo.py requirements.txt --local-dir .\n"
     video = "`replay.mp4` shows one greedy episode." if (run / "replay.mp4").exists() else ""
@@ -1371,7 +1295,7 @@ agent = Agent.from_pretrained("{source}", strict=True)  # agent.act(obs), a tens
 {training_command(args)}
 ```
 
-{r["training_seconds"]:.0f} seconds of training, evaluation not counted: {machine}; {versions}.
+{r["training_seconds"]:.0f} seconds of training, evaluation not counted: {settings}.
 
 <details><summary>All settings</summary>
 
@@ -1381,7 +1305,7 @@ agent = Agent.from_pretrained("{source}", strict=True)  # agent.act(obs), a tens
 
 </details>
 """
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"))
+    return f"---\n{data.to_yaml()}\n---\n{text}"
 
 
 # ---- The program -----------------------------------------------------------------------------------------------------
@@ -1403,18 +1327,15 @@ def run_command(args: Args) -> None:
         if stranger and args.capture_video:  # nothing is written beside what was downloaded
             folder = Path("runs", re.sub(r"[^\w.-]", "--", stranger.partition("@")[0]))
             folder.mkdir(parents=True, exist_ok=True)
-        play(args, folder, agent)
+        play(replace(args, repo_id=None), folder, agent)
     elif args.push:
         push(args, Path(args.push))
     elif args.resume and (Path(args.resume) / "results.json").exists():
-        print(f"{args.resume} is finished already: nothing to do")
+        print(f"{args.resume} is finished already: nothing to do; to share it: --push")
     else:
         rank, _ = ranks()
-        if args.track:
-            try:
-                importlib.import_module("wandb")
-            except ImportError:
-                raise Stop("--track needs Weights & Biases: pip install wandb") from None
+        if args.track and not importlib.util.find_spec("wandb"):
+            raise Stop("--track needs Weights & Biases: pip install wandb")
         if args.repo_id and rank == 0:  # fail now, not after hours of training
             with one_line(f"access to {args.repo_id}", LOGIN):
                 claim_repo(args)
@@ -1430,18 +1351,17 @@ def run_command(args: Args) -> None:
 
 def how_to_go_on(args: Args | None) -> str:
     """The command that resumes an interrupted run, where there is one."""
-    run = run_folder(args) if args else Path()
-    if not args or not list(run.glob("checkpoint-*.pt")) or (run / "results.json").exists():
+    if not args or not list(args.run.glob("checkpoint-*.pt")) or (args.run / "results.json").exists():
         return ""
     python = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if ranks()[1] > 1 else ["python"]
-    return f"To go on: {shlex.join([*python, 'ppo.py', '--resume', str(run)])}"
+    return f"To go on: {shlex.join([*python, 'ppo.py', '--resume', str(args.run)])}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """The program; its exit code: 2 for what was known before training, 1 for what failed later, 128 + a signal's."""
     args = None
     try:
-        run_command(args := named(parse_args(argv)))
+        run_command(args := parse_args(argv))
         return 0
     except KeyboardInterrupt as interrupt:
         message, code = "stopped", 128 + (interrupt.args or (signal.SIGINT,))[0]
@@ -1450,7 +1370,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         message, code = "error: out of memory: lower --num-envs, --num-steps or --hidden-sizes", 1
         if isinstance(error, OSError) and error.errno and not hasattr(error, "__notes__"):  # not an environment's
-            message = f"error: {error.strerror}, in {run_folder(args) if args else Path.cwd()}"
+            message = f"error: {error.strerror}, in {args.run if args else Path.cwd()}"
         elif not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
             error.add_note(how_to_go_on(args))
             raise

@@ -143,9 +143,9 @@ def floors(args):
     minibatch = [x[:M] for x in batch]
 
     def step(gradient_fn):
-        gradient_fn(agent, theta, minibatch, args)
-        theta.grad *= (args.max_grad_norm / (theta.grad.norm() + 1e-6)).clamp(max=1)
-        ppo.adam_step(theta, moments, args.learning_rate)
+        gradient, _ = gradient_fn(agent, minibatch, args).tensor_split([len(theta)])
+        gradient *= (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1)
+        ppo.adam_step(theta, gradient, moments, args.learning_rate)
 
     def seconds(work):
         """Median of at least five times, over about two seconds, after a first call that warms up."""
@@ -158,7 +158,7 @@ def floors(args):
             times.append((time.perf_counter() - started) / 20)
         return statistics.median(times)
 
-    compiled = ppo.compile_gradient(args, agent, theta, data.unsqueeze(1), actions.unsqueeze(1))
+    compiled = ppo.compile_gradient(args, agent, data.unsqueeze(1), actions.unsqueeze(1))
     updates = [seconds(partial(step, loss_fn)) * args.update_epochs / M for loss_fn in (ppo.compute_gradient, compiled)]
     return seconds(lambda: envs.step(next(choices))) / args.num_envs, *updates
 

@@ -152,6 +152,15 @@ def test_too_few_steps_are_told_both_numbers(refused):
     assert "--total-timesteps 100" in message and "256" in message
 
 
+def test_statistics_that_would_take_the_only_batch_are_refused(refused):
+    message = refused("--total-timesteps", 300, "--num-envs", 8, "--num-steps", 32, "--norm-obs")
+    assert "--total-timesteps 300" in message and "512" in message
+
+
+def test_statistics_of_images_are_refused(refused):
+    assert "--norm-obs is for vectors" in refused("--env-id", "ALE/Pong-v5", "--norm-obs")
+
+
 @pytest.mark.parametrize(
     "env_id, suggestion",
     [
@@ -159,10 +168,12 @@ def test_too_few_steps_are_told_both_numbers(refused):
         ("LunarLander-v2", "LunarLander-v3"),
         ("ALE/Pongg-v5", "Did you mean: `Pong`?"),
         ("not an id", "not an id"),
+        ("CartPole", "No registered env with id: CartPole"),
     ],
 )
-def test_an_unknown_environment_keeps_gymnasiums_suggestion(env_id, suggestion, refused):
-    message = refused("--env-id", env_id)
+@pytest.mark.parametrize("vectorization", ["auto", "sync"])
+def test_an_unknown_environment_keeps_gymnasiums_suggestion(env_id, suggestion, vectorization, refused):
+    message = refused("--env-id", env_id, "--vectorization", vectorization)
     assert env_id in message and suggestion in message
 
 

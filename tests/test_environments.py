@@ -381,7 +381,7 @@ def test_a_lost_life_means_nothing_without_episodic_life(register, horizons):
 
 
 def test_episodic_life_without_lives_is_refused_in_one_line(main):
-    code, _, err = main("--env-id", "Pendulum-v1", "--episodic-life", *AT_ONCE)
+    code, _, err = main("--env-id", "Pendulum-v1", "--no-norm-reward", "--episodic-life", *AT_ONCE)
     assert (code, err.count("\n")) == (2, 1)
     assert "--episodic-life" in err and "Pendulum-v1" in err
 

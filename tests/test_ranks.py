@@ -53,7 +53,7 @@ def train(args):
     """Run ppo.train; the weights and statistics that this process ended with, and its number of gradient steps."""
     with (
         patch.object(ppo, "save_checkpoint", wraps=ppo.save_checkpoint) as save,
-        patch.object(ppo, "reduce_gradient", wraps=ppo.reduce_gradient) as step,
+        patch.object(ppo, "adam_step", wraps=ppo.adam_step) as step,
     ):
         ppo.train(args)
     return {k: v.clone() for k, v in save.call_args.args[3].state_dict().items()}, step.call_count
@@ -97,10 +97,7 @@ def sample_batch(n=40):
 
 def gradient_of(rows, weight):
     agent, batch = sample_batch()
-    theta = ppo.flatten(agent)
-    metrics = ppo.compute_gradient(agent, theta, [x[rows] for x in batch], ppo.Args())
-    metrics = ppo.reduce_gradient(theta, metrics, weight)
-    return theta.grad, metrics
+    return ppo.rank_sum(weight * ppo.compute_gradient(agent, [x[rows] for x in batch], ppo.Args()))
 
 
 def gradient_of_unequal_parts():

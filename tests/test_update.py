@@ -239,7 +239,7 @@ def test_epochs_run_to_the_end_below_the_target(monkeypatch):
 @pytest.mark.parametrize("anneal_lr, expected", [(True, [4e-3, 3e-3, 2e-3, 1e-3]), (False, [4e-3] * 4)])
 def test_the_learning_rate_is_annealed_linearly_to_zero_and_logged(monkeypatch, anneal_lr, expected):
     used, step = [], ppo.adam_step
-    monkeypatch.setattr(ppo, "adam_step", lambda theta, moments, lr: (used.append(lr), step(theta, moments, lr)))
+    monkeypatch.setattr(ppo, "adam_step", lambda *args: (used.append(args[-1]), step(*args)))
     run = ppo.train(quick(iterations=4, learning_rate=4e-3, anneal_lr=anneal_lr))
     assert used == pytest.approx(np.repeat(expected, 3 * 2))  # epochs x minibatches
     assert [value for _, value in scalars(run)["charts/learning_rate"]] == pytest.approx(expected)

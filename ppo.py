@@ -930,11 +930,11 @@ def open_run(args: Args, agent: Agent, moments: dict, generator: torch.Generator
 
 def save_checkpoint(args: Args, run: Path, state: dict, agent: Agent, moments: dict, generator, writer) -> None:
     """Validate, remember the best agent so far in `state`, and write all that the run needs to go on from here."""
-    generators = [generator.get_state()]
+    (rank, world), generators = ranks(), [generator.get_state()]
     if dist.is_initialized():
-        dist.all_gather_object(generators := [None] * dist.get_world_size(), generator.get_state())
-        if dist.get_rank() > 0:
-            return
+        dist.all_gather_object(generators := [None] * world, generator.get_state())
+    if rank > 0:
+        return
     weights = {name: value.detach().cpu().clone() for name, value in agent.state_dict().items()}
     if args.validation_episodes and state["iteration"]:
         state["last_score"] = float(evaluate(agent, args, args.validation_episodes, VALIDATION)[0].mean())

@@ -82,11 +82,11 @@ def test_a_row_by_hand(tmp_path):
     for seed, mean in ((1, 1.0), (2, 4.0), (10, 2.0)):
         results = {"seed": seed, "mean_reward": mean, "std_reward": 1, "training_seconds": 60 * seed, "settings": {}}
         (tmp_path / f"seed{seed}.json").write_text(json.dumps(results))
-    summary = reference.summarize(reference.Row("Some-v0", 2_500_000, 4, "0.5", "a book"), tmp_path)
+    summary = reference.summarize(reference.Row("Some-v0", 2_500_000, 4, 1, "0.5", "a book"), tmp_path)
     assert summary["seeds"] == [1, 2, 10]
     assert (summary["mean"], summary["iqm"], summary["min"]) == pytest.approx((7 / 3, 7 / 3, 1), abs=1e-4)
     assert summary["std"] == pytest.approx(np.sqrt(7 / 3), abs=1e-4)  # n - 1 = 2
-    line = "| Some-v0 | 2.5M | 3 of 4 | 2.33 | 1.53 | 2.33 [1.00, 4.00] | 1.00 | 120 s | 0.5 | a book |"
+    line = "| Some-v0 | 2.5M | 3 of 4 | 2.33 | 1.53 | 2.33 [1.00, 4.00] | 1.00 | 120 s | 1 | 0.5 | a book |"
     assert line in reference.markdown([summary]).splitlines()
 
 

@@ -1195,6 +1195,8 @@ def claim_repo(args: Args) -> str:
     """The full name of the repo to push to, made if need be, once the right to write to it is certain."""
     repo_id = hub.create_repo(args.repo_id, private=args.private or None, exist_ok=True).repo_id
     hub.auth_check(repo_id, write=True)  # a token that may only read gets this far if the repo exists
+    if args.private and not hub.repo_info(repo_id).private:
+        raise Stop(f"{repo_id} exists and is public: make it private on the Hub, or leave out --private")
     return repo_id
 
 
@@ -1221,9 +1223,10 @@ def hide_host(run: Path) -> None:
         path.rename(path.with_name(re.sub(r"(tfevents\.\d+)\..*?\.?(\d+\.\d+)$", r"\1.\2", path.name)))
 
 
-def training_command(args: Args) -> str:
+def training_command(args: Args, ranks: int = 1) -> str:
     """The command that trains this run: the flags that differ from the preset's values."""
-    words = ["python", "ppo.py", "--env-id", args.env_id]
+    python = ["python"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks)]
+    words = [*python, "ppo.py", "--env-id", args.env_id]
     for name, value in changes(args).items():
         if isinstance(value, bool):
             words.append(flag(name if value else f"no_{name}"))
@@ -1292,7 +1295,7 @@ agent = Agent.from_pretrained("{source}", strict=True)  # agent.act(obs), a tens
 ## Train it again
 
 ```bash
-{training_command(args)}
+{training_command(args, r["settings"]["ranks"])}
 ```
 
 {r["training_seconds"]:.0f} seconds of training, evaluation not counted: {settings}.

@@ -169,7 +169,8 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, repo_id, rev, body):
         if commit := self.find(repo_id, rev):
             siblings = [{"rfilename": path} for path in commit["files"]]
-            self.reply(200, {"id": repo_id, "sha": commit["oid"], "siblings": siblings})
+            self.reply(200, {"id": repo_id, "sha": commit["oid"], "siblings": siblings,
+                             "private": repo_id in self.server.private})  # fmt: skip
 
     def tree(self, repo_id, rev, body):
         if commit := self.find(repo_id, rev):

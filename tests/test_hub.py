@@ -233,6 +233,13 @@ def test_a_repo_is_private_only_if_asked_for(client, hub, run, flags, private):
     assert (f"tester/{run.name}" in hub.private) == private
 
 
+def test_a_public_repo_does_not_pass_for_a_private_one(client, hub, run):
+    hub.commit(f"tester/{run.name}", {}, "made by hand")
+    result = client("--push", run, "--repo-id", f"tester/{run.name}", "--private")
+    assert_refused(result, "public", "--private")
+    assert len(hub.repos[f"tester/{run.name}"]) == 1
+
+
 def test_a_bare_repo_name_is_that_of_ones_own_account(client, hub, run):
     code, _, err = client("--push", run, "--repo-id", run.name)
     assert code == 0, err

@@ -84,7 +84,8 @@ stratified by environment, as [Agarwal et al. (2021)](https://arxiv.org/abs/2108
 best checkpoint of its run, chosen on other episodes; the steps of those are not counted. Training is the median wall
 time without evaluation, one core for each run, on a machine with two that other runs kept busy. Tried is the number of
 settings compared on seeds above 100, where 1 is a guess from like environments; Swimmer's and Walker2d's seeds were
-run anew, with settings found in that way, after a first guess had failed on them. Published figures are for the same
+run anew, with settings found in that way, after a first guess had failed on them. Ant and Humanoid are observed without
+their contact forces, which were always zero in the versions that others report. Published figures are for the same
 version and as many steps, unless they say otherwise; their +/- is over the episodes of one run (zoo, Hub) or over runs
 (the others). Sources:
 {sources}.

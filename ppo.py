@@ -196,7 +196,8 @@ RANGES = (
     ("from 1 to 65536", 1, 2**16, "num_envs num_minibatches update_epochs hidden_sizes eval_episodes checkpoint_every"),
     ("a positive number", 1, 2**62, "total_timesteps"),
     ("from 2 (one step could be all resets) to 1048576", 2, 2**20, "num_steps"),
-    ("0 or a positive number", 0, 2**62, "seed validation_episodes"),
+    ("from 0 to 65536", 0, 2**16, "validation_episodes"),
+    ("from 0 to 4294967295", 0, 2**32 - 1, "seed"),  # one word of a SeedSequence
     ("above 0 and finite", TINY, HUGE, "learning_rate clip_coef max_grad_norm target_kl"),
     ("0 or more, and finite", 0, HUGE, "ent_coef vf_coef"),
     ("from 0 to 1", 0, 1, "gamma gae_lambda"),

@@ -123,7 +123,8 @@ FRACTIONS = ("gamma", "gae_lambda")
     + [(name, value) for name in RATES for value in ("0", "-0.1", "nan", "inf")]
     + [(name, value) for name in WEIGHTS for value in ("-0.1", "nan", "inf")]
     + [(name, value) for name in FRACTIONS for value in ("-0.01", "1.01", "nan")]
-    + [("seed", "-1"), ("seed", str(2**32)), ("validation_episodes", "-1"), ("hidden_sizes", "0"), ("logstd_init", "nan")],
+    + [("seed", value) for value in ("-1", str(2**32))]
+    + [("validation_episodes", "-1"), ("hidden_sizes", "0"), ("logstd_init", "nan")],
 )
 def test_a_number_out_of_range_is_named_with_its_flag(name, value, refused):
     message = refused(ppo.flag(name), value)

@@ -171,6 +171,8 @@ def test_torchrun_leaves_one_run_with_one_log_and_one_score():
     assert done.stdout.count("greedy episodes") == 1 and done.stdout.count("run: runs/two\n") == 1
     assert ppo.load_checkpoint(run)["settings"]["ranks"] == 2
     assert "\ntorchrun --nproc-per-node 2 ppo.py --env-id CartPole-v1 " in (run / "README.md").read_text()
+    entropies = [value for _, value in scalars(run)["losses/entropy"]]
+    assert 0.5 < min(entropies) and max(entropies) < 0.6932  # of two choices at most log 2: a mean over ranks, no sum
     logged = scalars(run)["losses/policy_loss"]
     assert [step for step, _ in logged] == sorted({step for step, _ in logged}) and len(logged) == 4
     assert 2048 - 4 * 100 < logged[-1][0] <= 2048  # the steps of both ranks, less their resets

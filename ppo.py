@@ -170,7 +170,7 @@ class Args:
             raise ValueError(f"--run-name must be one plain folder name, got {self.run_name!r}")
         if not all(math.isfinite(x) for x in self.env_kwargs.values() if isinstance(x, float)):
             raise ValueError(f"--env-kwargs must be finite, got {self.env_kwargs}")
-        if (self.norm_obs or self.norm_reward) and self.batch_size <= self.total_timesteps < 2 * self.batch_size:
+        if (self.norm_obs or self.norm_reward) and self.num_iterations == 1:
             raise ValueError(
                 f"--total-timesteps {self.total_timesteps} is one batch only, which --norm-obs and --norm-reward take "
                 f"for their statistics; to learn, they need {2 * self.batch_size}"
@@ -1225,10 +1225,14 @@ def hide_host(run: Path) -> None:
         path.rename(path.with_name(re.sub(r"(tfevents\.\d+)\..*?\.?(\d+\.\d+)$", r"\1.\2", path.name)))
 
 
+def launcher(processes: int) -> list[str]:
+    """The words that start ppo.py on so many processes of a machine."""
+    return [*(["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]), "ppo.py"]
+
+
 def training_command(args: Args, ranks: int = 1) -> str:
     """The command that trains this run: the flags that differ from the preset's values."""
-    python = ["python"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks)]
-    words = [*python, "ppo.py", "--env-id", args.env_id]
+    words = [*launcher(ranks), "--env-id", args.env_id]
     for name, value in changes(args).items():
         if isinstance(value, bool):
             words.append(flag(name if value else f"no_{name}"))
@@ -1358,8 +1362,8 @@ def how_to_go_on(args: Args | None) -> str:
     """The command that resumes an interrupted run, where there is one."""
     if not args or not list(args.run.glob("checkpoint-*.pt")) or (args.run / "results.json").exists():
         return ""
-    python = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if ranks()[1] > 1 else ["python"]
-    return f"To go on: {shlex.join([*python, 'ppo.py', '--resume', str(args.run)])}"
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if ranks()[1] > 1 else 1
+    return f"To go on: {shlex.join([*launcher(processes), '--resume', str(args.run)])}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -233,7 +233,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "LunarLander*-v3": dict(  # wide ReLU networks and a long horizon, so that it lands instead of hovering
         total_timesteps=1_000_000, num_envs=16, num_steps=256, num_minibatches=8, update_epochs=6,
         learning_rate=2e-3, gamma=0.998, gae_lambda=0.98, ent_coef=0.002, hidden_sizes=(128, 128),
-        activation="relu", clip_vloss=False,
+        activation="relu", norm_reward=True, clip_vloss=False,
     ),
     "BipedalWalker-v3": MUJOCO | dict(  # the zoo's gamma and number of environments
         total_timesteps=5_000_000, num_envs=32, num_minibatches=16, gamma=0.999,

@@ -54,7 +54,7 @@ ROWS = [
     Row("Hopper-v5", 1_000_000, 10, 2, "2609.3 +/- 700.8 (v3)", "Tianshou"),
     Row("Acrobot-v1", 500_000, 5, 6, "-81.8 +/- 5.6; at 1M -73.5 +/- 18.2", "baselines; zoo"),
     Row("MountainCar-v0", 500_000, 5, 5, "-200 +/- 0; at 1M -110.4 +/- 19.5", "CleanRL; zoo"),
-    Row("Pendulum-v1", 100_000, 5, 9, "-172.2 +/- 104.2", "zoo"),
+    Row("Pendulum-v1", 100_000, 5, 28, "-172.2 +/- 104.2", "zoo"),
     Row("LunarLanderContinuous-v3", 1_000_000, 5, 2, "270.9 +/- 32.1 (v2)", "zoo"),
     Row("BipedalWalker-v3", 5_000_000, 5, 1, "287.9 +/- 2.4", "zoo"),
     Row("Walker2d-v5", 1_000_000, 5, 3, "3588.5 +/- 756.6 (v3); about 4000", "Tianshou; ikostrikov"),

@@ -30,7 +30,7 @@ import tempfile
 import time
 from dataclasses import replace
 from functools import partial
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
 
 import torch
@@ -52,7 +52,7 @@ ROWS = {  # name: flags, steps of one run
     "pong": ("--env-id ALE/Pong-v5", 10_240),
 }
 LANDER = "--env-id LunarLander-v3 --total-timesteps 500000 --num-envs 32 --num-steps 128 --num-minibatches 8 " \
-         "--update-epochs 4 --learning-rate 3e-3 --gamma 0.999 --hidden-sizes 64 64"  # fmt: skip
+         "--update-epochs 4 --learning-rate 3e-3 --gamma 0.999 --ent-coef 0.005 --hidden-sizes 64 64"  # fmt: skip
 COLD = {  # name: flags
     "cartpole": "--env-id CartPole-v1",
     "lunarlander-sync": f"{LANDER} --vectorization sync",
@@ -219,14 +219,14 @@ def table(head, rows):
         print("|" + "|".join(row) + "|", flush=True)
 
 
-def alternate(repeats, programs):
-    """Let the programs take turns: {name: medians of what each returns}, None for one that fails."""
+def alternate(repeats, programs, summary=statistics.median):
+    """Let the programs take turns: {name: a summary of each number that it returns}, None for one that fails."""
     found = {name: [] for name in programs}
     for _ in range(repeats):
         for name, program in programs.items():
             if None not in found[name]:
                 found[name].append(program())
-    return {name: None if None in runs else list(map(statistics.median, zip(*runs))) for name, runs in found.items()}
+    return {name: None if None in runs else list(map(summary, zip(*runs))) for name, runs in found.items()}
 
 
 def speed_row(name, options):
@@ -255,10 +255,13 @@ def speed_row(name, options):
 
 
 def cold_rows(name, options):
-    """[row, program, seconds, score] for each program, from the start of its process until its results are written."""
+    """[row, program, seconds, score] for each program, from the start of its process until its results are written.
+
+    Medians over the repeats, each of ppo.py's with another seed, from 1; in brackets the longest and the worst."""
+    seeds = count(1)
 
     def ours():
-        done = measure(sys.executable, ROOT / "ppo.py", COLD[name])
+        done = measure(sys.executable, ROOT / "ppo.py", COLD[name], f"--seed {next(seeds)}")
         return done and (done[0], json.loads(next(done[3].glob("runs/*/results.json")).read_text())["mean_reward"])
 
     def theirs():
@@ -273,8 +276,11 @@ def cold_rows(name, options):
     programs = {"ppo.py": ours}
     if name == "cartpole":
         programs |= {"SB3, zoo's preset": theirs} | ({"peer, sampled returns": peer} if options.peer else {})
-    return [[name, program, f"{run[0]:.1f}", f"{run[1]:.1f}"] if run else [name, program, "-", "-"]
-            for program, run in alternate(options.repeats, programs).items()]  # fmt: skip
+    rows = []
+    for program, runs in alternate(options.repeats, programs, sorted).items():
+        cells = [f"{statistics.median(x):.1f} ({x[worst]:.1f})" for x, worst in zip(runs or (), (-1, 0))]
+        rows.append([name, program, *(cells or "--")])
+    return rows
 
 
 def growth_rows(options):

@@ -83,11 +83,11 @@ Each seed is trained from nothing and scored by the mean return of 100 greedy ep
 stratified by environment, as [Agarwal et al. (2021)](https://arxiv.org/abs/2108.13264) advise. The agent scored is the
 best checkpoint of its run, chosen on other episodes; the steps of those are not counted. Training is the median wall
 time without evaluation, one core for each run, on a machine with two that other runs kept busy. Tried is the number of
-settings compared on seeds above 100, where 1 is a guess from like environments; the seeds of Acrobot, Swimmer and
-Walker2d were run anew, with settings found in that way, after earlier ones had done worse on them. Ant and Humanoid are
-observed without their contact forces, which were always zero in the versions that others report. Published figures are
-for the same version and as many steps, unless they say otherwise; their +/- is over the episodes of one run (zoo, Hub)
-or over runs (the others). Sources:
+settings compared on seeds above 100, where 1 is a guess from like environments; the seeds of Acrobot, both
+LunarLanders, Pendulum, Swimmer and Walker2d were run anew, with settings found in that way, after earlier ones had done
+worse on them. Ant and Humanoid are observed without their contact forces, which were always zero in the versions that
+others report. Published figures are for the same version and as many steps, unless they say otherwise; their +/- is
+over the episodes of one run (zoo, Hub) or over runs (the others). Sources:
 {sources}.
 
 Made with {made_with}.

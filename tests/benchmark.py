@@ -51,7 +51,7 @@ ROWS = {  # name: flags, steps of one run
     "halfcheetah-envpool": ("--env-id HalfCheetah-v5 --vectorization envpool", 50_000),
     "pong": ("--env-id ALE/Pong-v5", 10_240),
 }
-LANDER = "--env-id LunarLander-v3 --total-timesteps 500000 --num-envs 32 --num-steps 128 --num-minibatches 8 " \
+LANDER = "--env-id LunarLander-v3 --total-timesteps 350000 --num-envs 32 --num-steps 128 --num-minibatches 8 " \
          "--update-epochs 4 --learning-rate 3e-3 --gamma 0.999 --ent-coef 0.005 --hidden-sizes 64 64"  # fmt: skip
 COLD = {  # name: flags
     "cartpole": "--env-id CartPole-v1",

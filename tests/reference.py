@@ -46,10 +46,17 @@ class Row(NamedTuple):
     published: str  # the best PPO result found, at as many steps unless it says otherwise
     source: str
 
+    @property
+    def name(self) -> str:
+        """The id; with the steps, where they are not the preset's."""
+        usual = preset(self.env_id)[1].get("total_timesteps") == self.steps
+        return self.env_id.replace("/", "-") + ("" if usual else f"-{self.steps / 1e6:g}M")
+
 
 ROWS = [
     Row("CartPole-v1", 100_000, 10, 2, "500 +/- 0", "zoo"),
-    Row("LunarLander-v3", 1_000_000, 10, 7, "242.1 +/- 31.8 (v2); at 2M 289.2 +/- 15.8 (v2)", "zoo; Hub"),
+    Row("LunarLander-v3", 1_000_000, 10, 7, "242.1 +/- 31.8 (v2)", "zoo"),
+    Row("LunarLander-v3", 2_000_000, 10, 3, "289.2 +/- 15.8 (v2)", "Hub"),
     Row("HalfCheetah-v5", 1_000_000, 10, 8, "5819.1 +/- 663.5 (v3)", "zoo"),
     Row("Hopper-v5", 1_000_000, 10, 2, "2609.3 +/- 700.8 (v3)", "Tianshou"),
     Row("Acrobot-v1", 500_000, 5, 6, "-81.8 +/- 5.6; at 1M -73.5 +/- 18.2", "baselines; zoo"),
@@ -107,15 +114,16 @@ def main(envs: tuple[str, ...] = (), seeds: int | None = None, jobs: int = 2, fi
     if unknown := set(envs) - {row.env_id for row in ROWS}:
         sys.exit(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(row.env_id for row in ROWS)}")
     rows = [row for row in ROWS if (row.env_id in envs if envs else not row.env_id.startswith("ALE/"))]
-    queue = [(row.env_id, seed) for row in rows for seed in range(first_seed, first_seed + (seeds or row.seeds))]
+    queue = [(row, seed) for row in rows for seed in range(first_seed, first_seed + (seeds or row.seeds))]
     code = 0 if summary_only else run_all(queue, jobs)
     for row in ROWS:
-        if (reference_folder(row.env_id) / "curve.csv").exists():
-            draw(row.env_id, reference_folder(row.env_id))
-    run, folder = work_folder("LunarLander-v3", 1), reference_folder("LunarLander-v3")
+        if (reference_folder(row) / "curve.csv").exists():
+            draw(row.env_id, reference_folder(row))
+    lander = next(row for row in ROWS if row.env_id == "LunarLander-v3")
+    run, folder = work_folder(lander, 1), reference_folder(lander)
     if (run / "results.json").exists() and not (folder / "replay.png").exists():
         picture(run, folder)
-    summary = [summarize(row, reference_folder(row.env_id)) for row in ROWS]
+    summary = [summarize(row, reference_folder(row)) for row in ROWS]
     REFERENCE.mkdir(parents=True, exist_ok=True)
     write_file(REFERENCE / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     write_file(REFERENCE / "summary.md", markdown(summary).encode())
@@ -128,25 +136,25 @@ def main(envs: tuple[str, ...] = (), seeds: int | None = None, jobs: int = 2, fi
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def reference_folder(env_id: str) -> Path:
-    return REFERENCE / env_id.replace("/", "-")
+def reference_folder(row: Row) -> Path:
+    return REFERENCE / row.name
 
 
-def work_folder(env_id: str, seed: int) -> Path:
-    return ROOT / "runs" / f"work-{reference_folder(env_id).name}-seed{seed}"
+def work_folder(row: Row, seed: int) -> Path:
+    return ROOT / "runs" / f"work-{row.name}-seed{seed}"
 
 
-def run_all(queue: list[tuple[str, int]], jobs: int) -> int:
+def run_all(queue: list[tuple[Row, int]], jobs: int) -> int:
     """Train what is not finished yet, `jobs` at a time; the exit code. A signal stops the runs cleanly, then us."""
     stopped: list[int] = []  # a flag, not an exception, so that no file is left half written
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stopped.append(number))
-    queue = [(env_id, seed) for env_id, seed in queue if not (reference_folder(env_id) / f"seed{seed}.json").exists()]
-    for env_id, seed in queue:
-        for folder in (reference_folder(env_id), work_folder(env_id, seed)):
-            if changed := other_settings(env_id, folder):
-                sys.exit(f"{folder} was trained with another preset ({', '.join(changed)}): remove it to start anew")
-    running: dict[subprocess.Popen, tuple[str, int]] = {}
+    for row, seed in queue:
+        for folder in (reference_folder(row), work_folder(row, seed)):
+            if changed := other_settings(row, folder):
+                sys.exit(f"{folder} was trained with other settings ({', '.join(changed)}): remove it to start anew")
+    queue = [(row, seed) for row, seed in queue if not (reference_folder(row) / f"seed{seed}.json").exists()]
+    running: dict[subprocess.Popen, tuple[Row, int]] = {}
     failed = 0
     try:
         while (queue or running) and not stopped:
@@ -154,12 +162,12 @@ def run_all(queue: list[tuple[str, int]], jobs: int) -> int:
                 job = queue.pop(0)
                 running[start(*job)] = job
             for process in [p for p in running if p.poll() is not None]:
-                env_id, seed = running.pop(process)
-                outcome = f"failed, see {work_folder(env_id, seed)}.log"
+                row, seed = running.pop(process)
+                outcome = f"failed, see {work_folder(row, seed)}.log"
                 if process.returncode == 0:
-                    score = collect(env_id, seed)
+                    score = collect(row, seed)
                     outcome = "{mean_reward:9.2f} +/- {std_reward:7.2f} {training_seconds:7.0f} s".format(**score)
-                print(f"{env_id:25} seed {seed:2}  {outcome}", flush=True)
+                print(f"{row.name:25} seed {seed:2}  {outcome}", flush=True)
                 failed |= process.returncode != 0
             time.sleep(0.2)
     finally:
@@ -170,32 +178,34 @@ def run_all(queue: list[tuple[str, int]], jobs: int) -> int:
     return 128 + stopped[0] if stopped else int(failed)
 
 
-def start(env_id: str, seed: int) -> subprocess.Popen:
+def start(row: Row, seed: int) -> subprocess.Popen:
     """A process that begins this run or goes on with it, in a session of its own: Ctrl-C shall reach us alone."""
-    run = work_folder(env_id, seed)
+    run = work_folder(row, seed)
     if list(run.glob("checkpoint-*.pt")):
         flags = ["--resume", f"runs/{run.name}"]
     else:
         shutil.rmtree(run, ignore_errors=True)  # it stopped before its first checkpoint
-        flags = ["--env-id", env_id, "--seed", str(seed), "--run-name", run.name]
+        flags = ["--env-id", row.env_id, "--total-timesteps", str(row.steps)]
+        flags += ["--seed", str(seed), "--run-name", run.name]
     run.parent.mkdir(exist_ok=True)
     with open(f"{run}.log", "a") as log:
         return subprocess.Popen([sys.executable, "ppo.py", *flags], cwd=ROOT, stdout=log, stderr=log,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)  # fmt: skip
 
 
-def other_settings(env_id: str, folder: Path) -> list[str]:
-    """The names in a folder's hyperparameters.json, if it has one, whose values are not those of today's preset."""
+def other_settings(row: Row, folder: Path) -> list[str]:
+    """The names in a folder's hyperparameters.json, if it has one, whose values are not today's."""
     if not (folder / "hyperparameters.json").exists():
         return []
     then = json.loads((folder / "hyperparameters.json").read_text())
-    now = json.loads(json.dumps(asdict(Args(env_id=env_id, **preset(env_id)[1]))))
+    today = preset(row.env_id)[1] | {"env_id": row.env_id, "total_timesteps": row.steps}
+    now = json.loads(json.dumps(asdict(Args(**today))))
     return [name for name in then if name in now and then[name] != now[name] and name not in ("seed", "run_name")]
 
 
-def collect(env_id: str, seed: int) -> dict:
+def collect(row: Row, seed: int) -> dict:
     """Copy what a finished run has shown to the reference folder, its results last: they mark it as done."""
-    run, folder = work_folder(env_id, seed), reference_folder(env_id)
+    run, folder = work_folder(row, seed), reference_folder(row)
     folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads((run / "hyperparameters.json").read_text())
     total = settings["total_timesteps"]

@@ -170,11 +170,6 @@ class Args:
             raise ValueError(f"--run-name must be one plain folder name, got {self.run_name!r}")
         if not all(math.isfinite(x) for x in self.env_kwargs.values() if isinstance(x, float)):
             raise ValueError(f"--env-kwargs must be finite, got {self.env_kwargs}")
-        if (self.norm_obs or self.norm_reward) and self.num_iterations == 1:
-            raise ValueError(
-                f"--total-timesteps {self.total_timesteps} is one batch only, which --norm-obs and --norm-reward take "
-                f"for their statistics; to learn, they need {2 * self.batch_size}"
-            )
         if self.norm_reward and self.clip_reward:
             raise ValueError("--norm-reward and --clip-reward exclude each other: choose one")
         if self.batch_size % self.num_minibatches:
@@ -184,10 +179,12 @@ class Args:
                 f"--num-minibatches {self.num_minibatches} does not divide the batch of {self.num_steps} steps x "
                 f"{self.num_envs} envs = {self.batch_size} rows; near it: {', '.join(map(str, sorted(near)))}"
             )
-        if self.total_timesteps < self.batch_size:
+        batches = 2 if self.norm_obs or self.norm_reward else 1
+        if self.num_iterations < batches:
+            why = " (--norm-obs and --norm-reward take the first for their statistics)" if batches == 2 else ""
             raise ValueError(
-                f"--total-timesteps {self.total_timesteps} is less than one batch of {self.num_steps} steps x "
-                f"{self.num_envs} envs = {self.batch_size}: raise it, or lower --num-steps or --num-envs"
+                f"--total-timesteps {self.total_timesteps} is less than {batches} x {self.num_steps} steps x "
+                f"{self.num_envs} envs = {batches * self.batch_size}{why}: raise it, or lower --num-steps or --num-envs"
             )
 
 
@@ -266,14 +263,15 @@ REACHED: dict[str, tuple[float, int]] = {
     "Pusher-v5": (-31.93, 166),
 }  # fmt: skip
 
-
 MODES = ("evaluate", "resume", "push")  # flags that name a policy instead of training one
+# What may change when a run is resumed or pushed:
+FREE = (*MODES, "device", "track", "wandb_project_name", "wandb_entity", "repo_id", "private", "capture_video")
 
 
 def preset(env_id: str) -> tuple[str | None, dict[str, Any]]:
     """The pattern of PRESETS that fits the environment, the exact one first, and its settings."""
-    found = [p for p in PRESETS if p == env_id] + [p for p in PRESETS if fnmatch.fnmatchcase(env_id, p)]
-    return (found[0], PRESETS[found[0]]) if found else (None, {})
+    fits = env_id if env_id in PRESETS else next((p for p in PRESETS if fnmatch.fnmatchcase(env_id, p)), None)
+    return fits, PRESETS[fits] if fits else {}
 
 
 def changes(args: Args) -> dict[str, Any]:
@@ -300,10 +298,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
         saved = load_args(Path(*mode.values()))
     else:
         saved = Args(env_id=first.env_id or Args.env_id, **preset(first.env_id or Args.env_id)[1])
-    defaults = replace(saved, **mode, repo_id=None if first.evaluate else saved.repo_id)
     # Given a filled dict as a default, tyro would take its keys for flags: it gets an empty one, and we merge the two.
-    args = tyro.cli(Args, args=argv, default=replace(defaults, env_kwargs={}), prog="ppo.py")
-    args = replace(args, **mode, env_kwargs=defaults.env_kwargs | args.env_kwargs)
+    args = tyro.cli(Args, args=argv, default=replace(saved, env_kwargs={}), prog="ppo.py")
+    args = replace(args, **mode, env_kwargs=saved.env_kwargs | args.env_kwargs)
     old, new = asdict(saved), asdict(args)
     changed = [f"{flag(k)} {old[k]} -> {new[k]}" for k in old if old[k] != new[k] and k not in FREE]
     if changed and mode and not first.evaluate:  # what is resumed or pushed must be the run that it was
@@ -423,16 +420,16 @@ def agent_config(args: Args, envs) -> dict[str, Any]:
             nvec = [2] * math.prod(act.shape)
         case _:
             raise Stop(f"{args.env_id} acts in {act}; supported: Discrete, MultiDiscrete, MultiBinary, Box of floats")
-    config = {name: getattr(args, name) for name in ("activation", "norm_obs", "logstd_init")}
-    shapes = {"obs_shape": envs.single_observation_space.shape, "action_shape": act.shape}
-    return config | {k: list(v) for k, v in (shapes | {"hidden_sizes": args.hidden_sizes}).items()} | {"nvec": nvec}
+    return {"obs_shape": list(envs.single_observation_space.shape), "action_shape": list(act.shape), "nvec": nvec,
+            "hidden_sizes": list(args.hidden_sizes), "activation": args.activation, "norm_obs": args.norm_obs,
+            "logstd_init": args.logstd_init}  # fmt: skip
 
 
 # ---- Building blocks: running statistics, layers, one vector of parameters -------------------------------------------
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of all rows seen so far, over all ranks; float64, merged as in Chan et al. (1979)."""
+    """Mean and variance of all rows seen so far, over all ranks; in float64, with squares around the old mean."""
 
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()
@@ -502,9 +499,10 @@ class Agent(nn.Module, hub.PyTorchModelHubMixin):
         if self.image:
             self.channels_last = obs_shape[-1] == min(obs_shape)
             channels, *size = obs_shape[-1:] + obs_shape[:-1] if self.channels_last else obs_shape
-            pixels, features = math.prod(((s // 4 - 1) // 2 - 1) - 2 for s in size), 512
+            pixels = math.prod((s // 4 - 1) // 2 - 3 for s in size)  # what kernels 8, 4, 3 at strides 4, 2, 1 leave
             convs = [nn.Conv2d(channels, 32, 8, 4), nn.Conv2d(32, 64, 4, 2), nn.Conv2d(64, 64, 3, 1)]
             layers = [m for conv in convs for m in (layer_init(conv), nn.ReLU())] + [nn.Flatten()]
+            features = 512
             self.trunk = nn.Sequential(*layers, layer_init(nn.Linear(64 * pixels, features)), nn.ReLU())
         self.actor = mlp([features, *hidden_sizes, self.outputs], activation, 0.01)  # 0.01: nearly uniform at the start
         self.critic = mlp([features, *hidden_sizes, 1], activation, 1.0)
@@ -530,7 +528,7 @@ class Agent(nn.Module, hub.PyTorchModelHubMixin):
     def choose(self, out: Tensor, noise: Tensor | float) -> Tensor:  # [..., outputs] -> [..., *action_shape]
         if self.nvec is None:
             action = out + self.logstd.exp() * noise
-        elif len(self.nvec) == 1:  # the Gumbel-max trick
+        elif len(self.nvec) == 1:  # the argmax of logits + Gumbel noise is a sample from their softmax
             action = (out + noise).argmax(-1)
         else:
             action = torch.stack([logits.argmax(-1) for logits in (out + noise).split(self.nvec, -1)], -1)
@@ -543,7 +541,7 @@ class Agent(nn.Module, hub.PyTorchModelHubMixin):
     def get_value(self, obs: Tensor) -> Tensor:  # [...]
         return self.critic(self.encode(obs)).squeeze(-1)
 
-    def forward(self, obs: Tensor, action: Tensor | None = None):
+    def get_action_and_value(self, obs: Tensor, action: Tensor | None = None):
         """Action [..., *action_shape], sampled if not given; its log-probability, the entropy and the value, [...]."""
         features = self.encode(obs)
         out, value = self.actor(features), self.critic(features).squeeze(-1)
@@ -553,8 +551,6 @@ class Agent(nn.Module, hub.PyTorchModelHubMixin):
         logprob, entropy = gaussian(out, self.logstd, flat) if self.nvec is None else categorical(out, self.nvec, flat)
         return action, logprob, entropy, value
 
-    get_action_and_value = forward
-
 
 # ---- The mathematics of PPO: tensors in, tensors out -----------------------------------------------------------------
 
@@ -562,7 +558,7 @@ class Agent(nn.Module, hub.PyTorchModelHubMixin):
 def categorical(logits: Tensor, nvec: list[int], action: Tensor) -> tuple[Tensor, Tensor]:
     """Joint log-probability [...] of independent choices, action [..., len(nvec)], and their entropy [...]."""
     logps = [part.log_softmax(-1) for part in logits.split(nvec, -1)]
-    logprob = sum(lp.gather(-1, a.unsqueeze(-1)).squeeze(-1) for lp, a in zip(logps, action.unbind(-1)))
+    logprob = sum(lp.gather(-1, a).squeeze(-1) for lp, a in zip(logps, action.split(1, -1)))
     return logprob, sum(-(lp.exp() * lp).sum(-1) for lp in logps)
 
 
@@ -591,13 +587,11 @@ def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tenso
 
     After a termination there is no value to come. After a truncation there is: values[t + 1] is that of the episode's
     true last observation, which NEXT_STEP resets leave in place. Advantages never flow back from the next episode."""
-    delta = rewards + gamma * values[1:] * ~terminated - values[:-1]  # PPO Eq. 12
+    advantages = rewards + gamma * values[1:] * ~terminated - values[:-1]  # so far delta_t, PPO Eq. 12
     decay = gamma * gae_lambda * (~done).to(values.dtype)
-    advantages, last = [], torch.zeros_like(values[0])
-    for d, k in zip(delta.flip(0), decay.flip(0)):  # PPO Eq. 11, backwards in time
-        last = d + k * last
-        advantages.append(last)
-    return torch.stack(advantages).flip(0)
+    for t in reversed(range(len(advantages) - 1)):  # PPO Eq. 11: A_t = delta_t + gamma lambda A_{t+1}
+        advantages[t] += decay[t] * advantages[t + 1]
+    return advantages
 
 
 def minibatches(valid: Tensor, epochs: int, K: int, generator: torch.Generator) -> Tensor:
@@ -633,9 +627,9 @@ def value_loss(new_values: Tensor, old_values: Tensor, returns: Tensor, clip_coe
 METRICS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
 
 
-def ppo_loss(agent: Callable, obs, actions, logprobs, values, returns, advantages, args: Args) -> tuple[Tensor, Tensor]:
+def ppo_loss(agent: Agent, obs, actions, logprobs, values, returns, advantages, args: Args) -> tuple[Tensor, Tensor]:
     """The whole objective of a minibatch, PPO Eq. 9, negated; and its METRICS, for the logs."""
-    _, new_logprobs, entropy, new_values = agent(obs, actions)
+    _, new_logprobs, entropy, new_values = agent.get_action_and_value(obs, actions)
     logratio = new_logprobs - logprobs
     pg_loss = policy_loss(logratio, advantages, args.clip_coef)
     v_loss = value_loss(new_values, values, returns, args.clip_coef if args.clip_vloss else None)
@@ -679,10 +673,10 @@ def train(args: Args) -> Path:
     gradient_fn = compile_gradient(args, agent, obs, actions) if args.compile else compute_gradient
     run, state = open_run(args, agent, moments, generator)  # state: iteration, global_step, seconds, best
     writer, bar, recent = open_log(args, run, state) if rank == 0 else (None, None, None)
-    limit = gym.spec(args.env_id.rpartition(":")[2]).max_episode_steps or 0  # a checkpoint cuts episodes: rarely, then
-    every = args.checkpoint_every or max(args.num_iterations // 10, math.ceil(5 * limit / T), 1)
+    limit = gym.spec(args.env_id.rpartition(":")[2]).max_episode_steps or 0
+    every = args.checkpoint_every or max(args.num_iterations // 10, math.ceil(5 * limit / T), 1)  # it cuts episodes
 
-    for iteration in range(state["iteration"], args.num_iterations + 1):
+    for iteration in range(state["iteration"], args.num_iterations + 1):  # the last one only saves
         if iteration % every == 0 or iteration == args.num_iterations:
             # Environments cannot be saved, but they can be made anew. So every run does that at every checkpoint, and
             # a resumed run follows the very path of one that was never interrupted. The cut counts as a truncation.
@@ -709,7 +703,7 @@ def train(args: Args) -> Path:
                     lives[t + 1] = info["lives"]
         done = terminated | truncated
         valid = ~np.vstack([ended, done[:-1]])  # [T, N]; the row after an episode's last is its reset: no transition
-        ended = done[-1].copy()
+        ended = done[-1]
 
         # Estimate advantages and value targets
         lost_life = (lives[1:] < lives[:-1]) & valid
@@ -721,13 +715,13 @@ def train(args: Args) -> Path:
         learned = to_torch(scaled.astype(np.float32), device)
         advantages = compute_gae(learned, values, *ends, args.gamma, args.gae_lambda)  # [T, N]
         returns = advantages + values[:T]  # [T, N], what the critic learns
-        batch = [x.flatten(0, 1) for x in (obs[:T], actions, logprobs, values[:T], returns)]
+        batch = [x.flatten(0, 1) for x in (obs[:T], actions, logprobs, values[:T], returns)]  # as ppo_loss takes them
         rows = minibatches(to_torch(valid, device), args.update_epochs, K, generator)  # [epochs, K, M]
         transitions = int(rank_sum(torch.tensor(valid.sum(), device=device)))
         weight = valid.sum() / transitions  # this rank's share
         chosen = advantages.flatten()[rows]  # [epochs, K, M]
         if args.norm_adv:
-            chosen = standardize(chosen, weight)
+            chosen = standardize(chosen, weight)  # all minibatches at once: one message for the ranks
 
         # Optimise policy and value function together
         history, priming = [], iteration == 0 and (args.norm_obs or args.norm_reward)
@@ -847,10 +841,7 @@ def compile_gradient(args: Args, agent: Agent, obs: Tensor, actions: Tensor) -> 
 
 # ---- The run's folder: settings, checkpoints, logs -------------------------------------------------------------------
 
-
 VERSION = 1  # of the checkpoints' format
-# What may change when a run is resumed or pushed:
-FREE = (*MODES, "device", "track", "wandb_project_name", "wandb_entity", "repo_id", "private", "capture_video")
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -937,12 +928,11 @@ def save_checkpoint(args: Args, run: Path, state: dict, agent: Agent, moments: d
         dist.all_gather_object(generators := [None] * world, generator.get_state())
     if rank > 0:
         return
-    weights = {name: value.detach().cpu().clone() for name, value in agent.state_dict().items()}
+    weights = {name: value.cpu().clone() for name, value in agent.state_dict().items()}
     if args.validation_episodes and state["iteration"]:
         state["last_score"] = float(evaluate(agent, args, args.validation_episodes, VALIDATION)[0].mean())
     if state.get("last_score", -math.inf) >= state["best"]["score"]:  # a tie goes to the newer
-        best = {"score": state.get("last_score", -math.inf), "iteration": state["iteration"], "agent": weights}
-        state["best"] = best
+        state["best"] = {"score": state.get("last_score", -math.inf), "iteration": state["iteration"], "agent": weights}
     writer.flush()  # a resumed run purges what was logged after its checkpoint and relies on what was logged before
     saved = {"version": VERSION, "agent": weights, "moments": moments, "generators": generators}
     torch.save(state | saved, buffer := io.BytesIO())
@@ -994,7 +984,7 @@ def open_log(args: Args, run: Path, state: dict):
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
     """1 - Var[returns - values] / Var[returns]: 1 for a perfect critic, 0 for one no better than a constant."""
-    return (1 - (returns - values).var(correction=0) / returns.var(correction=0)).item()
+    return (1 - (returns - values).var() / returns.var()).item()
 
 
 def report(args: Args, iteration: int, global_step: int, writer, bar, recent, episodes, scalars) -> None:
@@ -1019,16 +1009,14 @@ def report(args: Args, iteration: int, global_step: int, writer, bar, recent, ep
 def evaluate(agent: Agent, args: Args, episodes: int, stream: int = EVALUATION, deterministic: bool = True):
     """Returns and lengths, [episodes] each: the first episode of each of that many fresh environments.
 
-    Their seeds follow from args.seed and the stream; nothing that training draws from is touched. Episodes without a
-    time limit of their own are cut after 27,000 steps, Atari's."""
+    Their seeds follow from args.seed and the stream; nothing that training draws from is touched. No episode goes on
+    for more than 27,000 steps, Atari's limit."""
     device = next(agent.parameters()).device
     generator = torch.Generator(device).manual_seed(seeds(args.seed, stream, SAMPLING)[0])
     envs, obs, _ = make_envs(args, seeds(args.seed, stream, n=episodes), training=False)
     (returns, lengths), running = np.zeros((2, episodes)), np.ones(episodes, dtype=bool)
-    noise: Tensor | float = 0.0
     while running.any() and lengths.max() < 27_000:
-        if not deterministic:
-            noise = agent.sample_noise(episodes, generator=generator)
+        noise = 0.0 if deterministic else agent.sample_noise(episodes, generator=generator)
         actions = agent.act(to_torch(obs, device), noise)
         obs, rewards, terminated, truncated, _ = step_envs(envs, actions, int(lengths.max()))
         returns += rewards * running
@@ -1041,10 +1029,10 @@ def evaluate(agent: Agent, args: Args, episodes: int, stream: int = EVALUATION, 
 @torch.inference_mode()
 def record_video(agent: Agent, args: Args, path: Path) -> None:
     """One greedy episode, H.264 as browsers and the Hub play it. A failure costs the video, not the run."""
+    unfinished = path.with_name("unfinished.mp4")
     try:
         import imageio_ffmpeg
 
-        unfinished = path.with_name("unfinished.mp4")
         os.environ["SDL_VIDEODRIVER"] = "dummy"  # pygame draws without a display; so does MuJoCo, through EGL
         if sys.platform == "linux" and not os.environ.get("DISPLAY"):
             os.environ.setdefault("MUJOCO_GL", "egl")
@@ -1052,14 +1040,14 @@ def record_video(agent: Agent, args: Args, path: Path) -> None:
         fps, done, video = envs.metadata.get("render_fps", 15), False, None
         for t in range(3000):
             if args.env_id.startswith("ALE/"):  # does not render: the newest of its stacked frames, four times as large
-                frame = np.ascontiguousarray(np.kron(obs[0, -1], np.ones((4, 4), np.uint8))[..., None].repeat(3, 2))
+                frame = np.kron(obs[0, -1], np.ones((4, 4), np.uint8))[..., None].repeat(3, 2)
             else:
-                frame = np.ascontiguousarray(envs.render()[0])
+                frame = envs.render()[0]
             if video is None:
                 video = imageio_ffmpeg.write_frames(str(unfinished), frame.shape[1::-1], fps=fps, macro_block_size=2,
                                                     output_params=["-movflags", "+faststart"])  # fmt: skip
                 video.send(None)
-            video.send(frame)
+            video.send(np.ascontiguousarray(frame))
             if done:
                 break
             actions = agent.act(to_torch(obs, next(agent.parameters()).device))
@@ -1069,7 +1057,7 @@ def record_video(agent: Agent, args: Args, path: Path) -> None:
         envs.close()
         os.replace(unfinished, path)
     except Exception as error:
-        path.with_name("unfinished.mp4").unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         print(f"warning: no video: {type(error).__name__}: {str(error).partition(chr(10))[0]:.200}", file=sys.stderr)
 
 
@@ -1129,9 +1117,8 @@ def one_line(what: str, remedy: str, code: int = 2):
     except Stop:
         raise
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), "").rstrip(".")
-        reason = f"{type(error).__name__}: {reason}".replace(str(Path.home()), "~")
-        raise Stop(f"{what} failed: {reason}. {remedy}", code) from None
+        reason = next(iter(str(error).strip().splitlines()), "").rstrip(".").replace(str(Path.home()), "~")
+        raise Stop(f"{what} failed: {type(error).__name__}: {reason}. {remedy}", code) from None
 
 
 def policy_folder(name: str) -> tuple[Path, str | None]:
@@ -1208,9 +1195,8 @@ def push(args: Args, run: Path) -> None:
         raise Stop(f"{run} is not finished: --resume {run}" if args.repo_id else "--push needs --repo-id me/name")
     hide_host(run)
     retry = shlex.join(["python", "ppo.py", "--push", str(run), "--repo-id", args.repo_id])
-    with one_line(
-        f"the push to {args.repo_id}", f"The run is safe in {run}. Check your login and try again: {retry}", 1
-    ):
+    remedy = f"The run is safe in {run}. Check your login and try again: {retry}"
+    with one_line(f"the push to {args.repo_id}", remedy, code=1):
         repo_id = claim_repo(args)
         results = json.loads((run / "results.json").read_text())
         write_file(run / "README.md", model_card(args, run, repo_id, results).encode())
@@ -1222,7 +1208,8 @@ def push(args: Args, run: Path) -> None:
 def hide_host(run: Path) -> None:
     """Take the host's name out of TensorBoard's file names; the time, by which they sort, stays."""
     for path in run.glob("events.out.tfevents.*"):
-        path.rename(path.with_name(re.sub(r"(tfevents\.\d+)\..*?\.?(\d+\.\d+)$", r"\1.\2", path.name)))
+        words = path.name.split(".")  # events, out, tfevents, time, host (with dots, or none), process, number
+        path.rename(path.with_name(".".join(words[:4] + words[-2:])))
 
 
 def launcher(processes: int) -> list[str]:
@@ -1362,13 +1349,15 @@ def how_to_go_on(args: Args | None) -> str:
     """The command that resumes an interrupted run, where there is one."""
     if not args or not list(args.run.glob("checkpoint-*.pt")) or (args.run / "results.json").exists():
         return ""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if ranks()[1] > 1 else 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return f"To go on: {shlex.join([*launcher(processes), '--resume', str(args.run)])}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """The program; its exit code: 2 for what was known before training, 1 for what failed later, 128 + a signal's."""
     args = None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     try:
         run_command(args := parse_args(argv))
         return 0
@@ -1377,19 +1366,18 @@ def main(argv: list[str] | None = None) -> int:
     except Stop as stop:
         message, code = f"error: {stop}", stop.code
     except Exception as error:
-        message, code = "error: out of memory: lower --num-envs, --num-steps or --hidden-sizes", 1
-        if isinstance(error, OSError) and error.errno and not hasattr(error, "__notes__"):  # not an environment's
-            message = f"error: {error.strerror}, in {args.run if args else Path.cwd()}"
-        elif not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+            message, code = "error: out of memory: lower --num-envs, --num-steps or --hidden-sizes", 1
+        elif isinstance(error, OSError) and error.errno and not hasattr(error, "__notes__"):  # not an environment's
+            message, code = f"error: {error.strerror}, in {args.run if args else Path.cwd()}", 1
+        else:
             error.add_note(how_to_go_on(args))
             raise
     if code != 2 or ranks()[0] == 0:  # what every rank knows beforehand, one says
-        print(message, *filter(None, [code != 2 and how_to_go_on(args)]), sep="\n", file=sys.stderr)
+        print(f"{message}\n{how_to_go_on(args) if code != 2 else ''}".rstrip(), file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
     threading.excepthook = lambda _: None  # what stops TensorBoard's thread is raised in the main one, too
     sys.exit(main())

@@ -85,16 +85,20 @@ SOURCES = {
     "Hub": "the best model card found there",
 }
 NOTES = """
-Each seed is trained from nothing and scored by the mean return of 100 greedy episodes in fresh environments. Mean, std
-(of the sample), interquartile mean (IQM) and worst are over those scores; the interval is a 95% bootstrap over seeds,
-stratified by environment, as [Agarwal et al. (2021)](https://arxiv.org/abs/2108.13264) advise. The agent scored is the
-best checkpoint of its run, chosen on other episodes; the steps of those are not counted. Training is the median wall
-time without evaluation, one core for each run, on a machine with two that other runs kept busy. Tried is the number of
-settings compared on seeds above 100, where 1 is a guess from like environments; the seeds of Acrobot, both
-LunarLanders, Pendulum, Swimmer and Walker2d were run anew, with settings found in that way, after earlier ones had done
-worse on them. Ant and Humanoid are observed without their contact forces, which were always zero in the versions that
-others report. Published figures are for the same version and as many steps, unless they say otherwise; their +/- is
-over the episodes of one run (zoo, Hub) or over runs (the others). Sources:
+- Each seed is trained from nothing and scored by the mean return of 100 greedy episodes in fresh environments. The
+  agent scored is the best checkpoint of its run, chosen on other episodes; the steps of those are not counted.
+- Mean, std (of the sample), interquartile mean (IQM) and worst are over those scores. The interval is a 95% bootstrap
+  over seeds, stratified by environment, as [Agarwal et al. (2021)](https://arxiv.org/abs/2108.13264) advise.
+- Training: the median wall time without evaluation, on one thread, on a machine with two cores that other runs kept
+  busy.
+- Tried: settings compared on seeds above 100; 1 is a guess from like environments. The seeds of Acrobot, both
+  LunarLanders, Pendulum, Swimmer and Walker2d were run anew, with settings found in that way, after earlier ones had
+  done worse on them. Ant and Humanoid are observed without their contact forces, which were always zero in the versions
+  that others report.
+- Published: for the same version and as many steps, unless it says otherwise; +/- is over the episodes of one run (zoo,
+  Hub) or over runs (the others).
+
+Sources:
 {sources}.
 
 Made with {made_with}.
@@ -356,8 +360,8 @@ def markdown(summary: list[dict]) -> str:
         seeds = f"{n}" if n >= row["planned"] else f"{n} of {row['planned']}"
         words = [row["env_id"], steps, seeds, *cells, str(row["tried"]), row["published"], row["source"]]
         lines.append(f"| {' | '.join(words)} |")
-    if missing := [row["env_id"] for row in summary if not row["seeds"]]:
-        lines.append(f"\nNot run: `python tests/reference.py --envs {' '.join(missing)}`")
+    if missing := dict.fromkeys(row["env_id"] for row in summary if len(row["seeds"]) < row["planned"]):
+        lines.append(f"\nTo be run: `python tests/reference.py --envs {' '.join(missing)}`")
     sources = ";\n".join(f"{name}: {where}" for name, where in SOURCES.items())
     settings = [{k: " or ".join(v) for k, v in row["made_with"].items()} for row in summary if row["seeds"]]
     made_with = ", ".join(f"{name} {' or '.join(values)}" for name, values in merge(settings).items())

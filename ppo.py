@@ -38,6 +38,7 @@ for images only. Where it departs from CleanRL, whose flags it keeps:
 - A minibatch is standardised with the population deviation, so that even a single row gives a number, not NaN.
 - Environments cannot be saved, so every run makes them anew at each checkpoint, and cuts the episodes under way.
 - With --norm-obs or --norm-reward, the first rollout only fills the statistics; learning starts with the second.
+- Defaults are those of the environment's preset, where there is one. A video is taken once, at the end.
 """
 
 import contextlib
@@ -274,9 +275,14 @@ def preset(env_id: str) -> tuple[str | None, dict[str, Any]]:
     return fits, PRESETS[fits] if fits else {}
 
 
+def usual_args(env_id: str) -> Args:
+    """What the environment is trained with if no other flag is given."""
+    return Args(env_id=env_id, **preset(env_id)[1])
+
+
 def changes(args: Args) -> dict[str, Any]:
     """The settings that are not those of the environment's preset."""
-    usual = asdict(Args(env_id=args.env_id, **preset(args.env_id)[1]))
+    usual = asdict(usual_args(args.env_id))
     return {k: v for k, v in asdict(args).items() if v != usual[k] and k not in (*FREE, "run_name")}
 
 
@@ -297,7 +303,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     elif mode:
         saved = load_args(Path(*mode.values()))
     else:
-        saved = Args(env_id=first.env_id or Args.env_id, **preset(first.env_id or Args.env_id)[1])
+        saved = usual_args(first.env_id or Args.env_id)
     # Given a filled dict as a default, tyro would take its keys for flags: it gets an empty one, and we merge the two.
     args = tyro.cli(Args, args=argv, default=replace(saved, env_kwargs={}), prog="ppo.py")
     args = replace(args, **mode, env_kwargs=saved.env_kwargs | args.env_kwargs)
@@ -673,8 +679,8 @@ def train(args: Args) -> Path:
     gradient_fn = compile_gradient(args, agent, obs, actions) if args.compile else compute_gradient
     run, state = open_run(args, agent, moments, generator)  # state: iteration, global_step, seconds, best
     writer, bar, recent = open_log(args, run, state) if rank == 0 else (None, None, None)
-    limit = gym.spec(args.env_id.rpartition(":")[2]).max_episode_steps or 0
-    every = args.checkpoint_every or max(args.num_iterations // 10, math.ceil(5 * limit / T), 1)  # it cuts episodes
+    limit = gym.spec(args.env_id.rpartition(":")[2]).max_episode_steps or 0  # checkpoints cut episodes: not too often
+    every = args.checkpoint_every or max(args.num_iterations // 10, math.ceil(5 * limit / T), 1)
 
     for iteration in range(state["iteration"], args.num_iterations + 1):  # the last one only saves
         if iteration % every == 0 or iteration == args.num_iterations:
@@ -1194,7 +1200,7 @@ def push(args: Args, run: Path) -> None:
     if not args.repo_id or not (run / "results.json").exists():
         raise Stop(f"{run} is not finished: --resume {run}" if args.repo_id else "--push needs --repo-id me/name")
     hide_host(run)
-    retry = shlex.join(["python", "ppo.py", "--push", str(run), "--repo-id", args.repo_id])
+    retry = shlex.join([*launcher(1), "--push", str(run), "--repo-id", args.repo_id])
     remedy = f"The run is safe in {run}. Check your login and try again: {retry}"
     with one_line(f"the push to {args.repo_id}", remedy, code=1):
         repo_id = claim_repo(args)

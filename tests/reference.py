@@ -24,7 +24,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ppo import Args, preset, write_file, write_json
+from ppo import usual_args, write_file, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "runs" / "reference"
@@ -49,7 +49,7 @@ class Row(NamedTuple):
     @property
     def name(self) -> str:
         """The id; with the steps, where they are not the preset's."""
-        usual = preset(self.env_id)[1].get("total_timesteps") == self.steps
+        usual = usual_args(self.env_id).total_timesteps == self.steps
         return self.env_id.replace("/", "-") + ("" if usual else f"-{self.steps / 1e6:g}M")
 
 
@@ -202,8 +202,7 @@ def other_settings(row: Row, folder: Path) -> list[str]:
     if not (folder / "hyperparameters.json").exists():
         return []
     then = json.loads((folder / "hyperparameters.json").read_text())
-    today = preset(row.env_id)[1] | {"env_id": row.env_id, "total_timesteps": row.steps}
-    now = json.loads(json.dumps(asdict(Args(**today))))
+    now = json.loads(json.dumps(asdict(replace(usual_args(row.env_id), total_timesteps=row.steps))))
     return [name for name in then if name in now and then[name] != now[name] and name not in ("seed", "run_name")]
 
 

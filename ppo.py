@@ -239,8 +239,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "Swimmer-v5": MUJOCO | dict(  # a long horizon and more noise, because a stroke pays off late
         num_steps=512, gamma=0.999, gae_lambda=0.98, norm_reward=False, clip_vloss=False, logstd_init=0.0,
     ),
-    "Walker2d-v5": MUJOCO | dict(  # more noise, or it learns to fall forwards and no more
-        num_envs=16, num_steps=128, ent_coef=0.001, logstd_init=0.0,
+    "Walker2d-v5": MUJOCO | dict(  # small steps, or it learns early to fall forwards, and no more
+        num_envs=16, num_steps=128, learning_rate=3e-4,
     ),
     "Ant-v5": CALM | dict(learning_rate=5e-4, gae_lambda=0.95, env_kwargs=UNTOUCHED),
     "Humanoid*-v5": CALM | dict(  # small steps, for 17 joints move the policy far
@@ -259,7 +259,7 @@ REACHED: dict[str, tuple[float, int]] = {
     "CartPole-v1": (500.0, 3), "LunarLander-v3": (282.1, 95), "HalfCheetah-v5": (5667.0, 201),
     "Hopper-v5": (3274.0, 273), "Acrobot-v1": (-67.04, 115), "MountainCar-v0": (-108.7, 36),
     "Pendulum-v1": (-156.0, 23), "LunarLanderContinuous-v3": (280.7, 106), "BipedalWalker-v3": (287.4, 1264),
-    "Walker2d-v5": (3558.0, 315), "Ant-v5": (3945.0, 336), "Swimmer-v5": (330.9, 272), "Humanoid-v5": (2926.0, 636),
+    "Walker2d-v5": (4108.0, 242), "Ant-v5": (3945.0, 336), "Swimmer-v5": (330.9, 272), "Humanoid-v5": (2926.0, 636),
     "InvertedPendulum-v5": (1000.0, 224), "InvertedDoublePendulum-v5": (9090.0, 141), "Reacher-v5": (-4.534, 117),
     "Pusher-v5": (-31.93, 166),
 }  # fmt: skip

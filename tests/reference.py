@@ -64,7 +64,7 @@ ROWS = [
     Row("Pendulum-v1", 100_000, 5, 28, "-172.2 +/- 104.2", "zoo"),
     Row("LunarLanderContinuous-v3", 1_000_000, 5, 2, "270.9 +/- 32.1 (v2)", "zoo"),
     Row("BipedalWalker-v3", 5_000_000, 5, 1, "287.9 +/- 2.4", "zoo"),
-    Row("Walker2d-v5", 1_000_000, 5, 3, "3588.5 +/- 756.6 (v3); about 4000", "Tianshou; ikostrikov"),
+    Row("Walker2d-v5", 1_000_000, 5, 4, "3588.5 +/- 756.6 (v3); about 4000", "Tianshou; ikostrikov"),
     Row("Ant-v5", 1_000_000, 5, 4, "3258.4 +/- 1079.3 (v3)", "Tianshou"),
     Row("Swimmer-v5", 1_000_000, 5, 4, "281.6 +/- 9.7 (v3)", "zoo"),
     Row("Humanoid-v5", 1_000_000, 5, 3, "787.1 +/- 193.5 (v3)", "Tianshou"),

@@ -1316,10 +1316,12 @@ agent = Agent.from_pretrained("{source}", strict=True)  # agent.act(obs), a tens
 # ---- The program -----------------------------------------------------------------------------------------------------
 
 
-def on_signal(signum: int, _) -> None:
+def on_signal(signum: int, frame) -> None:
     """The first Ctrl-C or SIGTERM stops cleanly, the second at once. A worker's parent decides for it."""
     if multiprocessing.parent_process():
         return None if signum == signal.SIGINT else os._exit(0)
+    if any(f.f_code.co_name == "__del__" for f, _ in traceback.walk_stack(frame)):  # what is raised there is lost
+        return threading.Timer(0.01, os.kill, [os.getpid(), signum]).start()
     signal.signal(signum, signal.SIG_DFL)
     raise KeyboardInterrupt(signum)
 

@@ -166,6 +166,20 @@ def test_no_worker_outlives_a_run(send, signum, code):
     assert_all_end()
 
 
+def test_a_signal_in_a_destructor_is_not_lost():
+    class Dying:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, ppo.on_signal)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Dying()
+            time.sleep(5)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def start(*argv, fault="none", **kwargs):
     return subprocess.Popen([sys.executable, ROOT / "ppo.py", *argv], text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, env=os.environ | {"FAULT": fault}, **kwargs)  # fmt: skip

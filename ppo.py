@@ -249,8 +249,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "HalfCheetah-v5": CALM | dict(  # long rollouts: its episodes start all at once, and how to start is soon forgotten
         num_envs=4, num_steps=512,
     ),
-    **{f"{name}-v5": CALM for name in ("Reacher", "Pusher")},
-    **{f"{name}-v5": MUJOCO for name in ("Hopper", "InvertedPendulum", "InvertedDoublePendulum")},
+    "Reacher-v5": CALM, "Pusher-v5": CALM,
+    "Hopper-v5": MUJOCO, "InvertedPendulum-v5": MUJOCO, "InvertedDoublePendulum-v5": MUJOCO,
     "ALE/*": dict(  # the published protocol and CleanRL's settings: no sticky actions
         env_kwargs={"repeat_action_probability": 0.0}, total_timesteps=10_000_000, num_envs=8, clip_coef=0.1,
         clip_reward=True, episodic_life=True, hidden_sizes=(),

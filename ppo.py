@@ -261,7 +261,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 REACHED: dict[str, tuple[float, int]] = {
     "CartPole-v1": (500.0, 3), "LunarLander-v3": (282.1, 95), "HalfCheetah-v5": (6070.0, 183),
     "Hopper-v5": (3274.0, 273), "Acrobot-v1": (-67.04, 115), "MountainCar-v0": (-108.7, 36),
-    "Pendulum-v1": (-156.0, 23), "LunarLanderContinuous-v3": (280.7, 106), "BipedalWalker-v3": (310.6, 1188),
+    "Pendulum-v1": (-156.0, 23), "LunarLanderContinuous-v3": (280.7, 106), "BipedalWalker-v3": (307.4, 1330),
     "Walker2d-v5": (4108.0, 242), "Ant-v5": (3945.0, 336), "Swimmer-v5": (330.9, 272), "Humanoid-v5": (2926.0, 636),
     "InvertedPendulum-v5": (1000.0, 224), "InvertedDoublePendulum-v5": (9090.0, 141), "Reacher-v5": (-4.534, 117),
     "Pusher-v5": (-31.93, 166),

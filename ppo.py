@@ -21,15 +21,16 @@
     python ppo.py --env-id LunarLander-v3 --repo-id me/lander    # train, evaluate, record, push to the Hub
     torchrun --nproc-per-node 2 ppo.py --env-id LunarLander-v3   # one run, split over two processes
 
-Symbols: T steps (--num-steps) in each of N environments (--num-envs) make a rollout of B = T*N rows, learned from in
-minibatches of M. Time comes first, then environments, then features: `obs[t]` is what the agent sees before action t,
-`done[t]` says that action t ended its episode. Equations are those of Schulman et al., "Proximal Policy Optimization
-Algorithms" (2017, arXiv:1707.06347), "PPO" below, and of "High-Dimensional Continuous Control Using Generalized
-Advantage Estimation" (2016, arXiv:1506.02438), "GAE" below.
+Symbols: T steps (--num-steps) in each of N environments (--num-envs) make a rollout of B = T*N rows, learned from in K
+minibatches (--num-minibatches) of M = B/K; of several ranks, each has its share of N. Time comes first, then
+environments, then features: `obs[t]` is what the agent sees before action t, `done[t]` says that action t ended its
+episode. Equations are those of Schulman et al., "Proximal Policy Optimization Algorithms" (2017, arXiv:1707.06347),
+"PPO" below, and of "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (2016,
+arXiv:1506.02438), "GAE" below.
 
 Where this departs from the paper, as most implementations do: advantages are standardised per minibatch; the value
-loss is halved, and clipped too (--no-clip-vloss); gradients are clipped by global norm; actor and critic share layers
-for images only. Where it departs from CleanRL, whose flags it keeps:
+loss is halved, and clipped too (--no-clip-vloss); gradients are clipped by global norm; observations and rewards may be
+normalised (--norm-obs, --norm-reward). Where it departs from CleanRL, whose flags it keeps:
 - A time limit is no failure: a truncated episode is bootstrapped from the value of its last observation.
 - Gymnasium >= 1.0 spends one step on each reset; that row is no transition, and no loss or statistic ever sees it.
 - The rollout runs the actor only. Log-probabilities and values follow in one batch: the same numbers, much faster.
@@ -44,7 +45,6 @@ for images only. Where it departs from CleanRL, whose flags it keeps:
 import contextlib
 import fnmatch
 import hashlib
-import importlib.metadata
 import importlib.util
 import io
 import json
@@ -117,7 +117,7 @@ class Args:
     ent_coef: float = 0.01  # weight of the entropy bonus; 0 to 0.02
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # global norm that gradients are clipped to
-    target_kl: float | None = None  # end an iteration's epochs once its mean KL divergence exceeds this; 0.01 to 0.05
+    target_kl: float | None = None  # stop after an epoch whose mean KL divergence exceeds this; 0.01 to 0.05
 
     hidden_sizes: tuple[int, ...] = (64, 64)  # layers of actor and critic (images: of the heads on the Nature CNN)
     activation: Literal["tanh", "relu"] = "tanh"  # between those layers
@@ -133,7 +133,7 @@ class Args:
     validation_episodes: int = 20  # greedy episodes at each checkpoint, to keep the best agent; 0 keeps the last
     eval_episodes: int = 100  # episodes of the final evaluation
     deterministic: bool = True  # evaluate the mode of the policy; --no-deterministic samples from it
-    capture_video: bool = False  # leave replay.mp4, one episode
+    capture_video: bool = False  # leave replay.mp4, one episode; with --repo-id always
     track: bool = False  # mirror the logs to Weights & Biases
     wandb_project_name: str = "ppo"  # its project
     wandb_entity: str | None = None  # its team
@@ -158,7 +158,7 @@ class Args:
     def run(self) -> Path:
         """The run's folder."""
         name = re.sub(r"[^\w.=+-]", "-", f"{self.env_id}__{self.exp_name}__{self.seed}__{int(time.time())}")
-        return Path(self.resume or f"runs/{self.run_name or name}")
+        return Path(self.resume or self.push or self.evaluate or f"runs/{self.run_name or name}")
 
     def __post_init__(self):
         for words, low, high, names in RANGES:
@@ -204,8 +204,8 @@ RANGES = (
 
 # Where they come from: gammas and lambdas from RL Baselines3 Zoo (classic control, Box2D) or the usual 0.99 and 0.95
 # (MuJoCo); from there one change at a time on seeds above 100, which are never reported. Most have more environments,
-# larger minibatches and higher, annealed rates than others use. Values are clipped in units of reward, which would hold
-# the critic back where rewards are learned from as they are.
+# larger minibatches and higher, annealed rates than others use. Values are clipped in units of reward, which can hold
+# the critic back: some do without.
 MUJOCO = dict(total_timesteps=1_000_000, num_envs=8, num_steps=256, num_minibatches=8, update_epochs=10,
               learning_rate=1e-3, ent_coef=0.0, norm_obs=True, norm_reward=True, logstd_init=-0.5)  # fmt: skip
 CALM = MUJOCO | dict(num_envs=16, num_steps=128, gae_lambda=0.9, logstd_init=-1.5)  # less noise
@@ -267,6 +267,7 @@ REACHED: dict[str, tuple[float, int]] = {
     "Pusher-v5": (-31.93, 166),
 }  # fmt: skip
 
+SCRIPT = "ppo.py"  # a fork's file puts its own name here: it is what printed commands start
 MODES = ("evaluate", "resume", "push")  # flags that name a policy instead of training one
 # What may change when a run is resumed or pushed:
 FREE = (*MODES, "device", "track", "wandb_project_name", "wandb_entity", "repo_id", "private", "capture_video")
@@ -308,7 +309,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     else:
         saved = usual_args(first.env_id or Args.env_id)
     # Given a filled dict as a default, tyro would take its keys for flags: it gets an empty one, and we merge the two.
-    args = tyro.cli(Args, args=argv, default=replace(saved, env_kwargs={}), prog="ppo.py")
+    args = tyro.cli(Args, args=argv, default=replace(saved, env_kwargs={}), prog=SCRIPT)
     args = replace(args, **mode, env_kwargs=saved.env_kwargs | args.env_kwargs)
     old, new = asdict(saved), asdict(args)
     changed = [f"{flag(k)} {old[k]} -> {new[k]}" for k in old if old[k] != new[k] and k not in FREE]
@@ -372,8 +373,12 @@ def make_envs(args: Args, seeds: list[int], training: bool = True, render: bool 
         given = f" with {args.env_kwargs}" if args.env_kwargs else ""
         missing = getattr(error, "name", None)  # an ImportError's
         hint = f"; try: pip install {missing.replace('_', '-')}" if missing and missing != module else ""
+        if type(error) in (gym.error.NameNotFound, gym.error.Error):
+            hint = "; ids are like LunarLander-v3, ALE/Pong-v5 or, for your own, my_module:MyEnv-v0"
         raise Stop(f"cannot make {args.env_id}{given}: {error}{hint}") from None
 
+    if envs.metadata.get("autoreset_mode", gym.vector.AutoresetMode.NEXT_STEP) != gym.vector.AutoresetMode.NEXT_STEP:
+        raise Stop(f"{args.env_id} does not reset in NEXT_STEP mode, as training needs: try --vectorization sync")
     space = envs.single_observation_space
     if not (isinstance(space, gym.spaces.Box) and (len(space.shape) == 1 or is_image(space))):
         if not is_supported(space) or mode == "envpool":
@@ -405,7 +410,7 @@ def ask(envs, when: str, method: Callable, *args, **kwargs):
             if worker.exitcode is not None:
                 raise Stop(f"environment {i}: its process died {when}, exit code {worker.exitcode}", code=1) from None
         for frame, _ in traceback.walk_tb(error.__traceback__):
-            if isinstance(frame.f_locals.get("self"), gym.vector.SyncVectorEnv):
+            if isinstance(frame.f_locals.get("self"), gym.vector.SyncVectorEnv) and "i" in frame.f_locals:
                 raisers = [frame.f_locals["i"]]
         error.add_note(f"Raised by environment {', '.join(map(str, raisers)) or '(unknown)'} {when}.")
         raise
@@ -504,14 +509,13 @@ class Agent(nn.Module, hub.PyTorchModelHubMixin):
         super().__init__()
         self.obs_shape, self.action_shape, self.nvec, self.norm_obs = obs_shape, action_shape, nvec, norm_obs
         self.image = len(obs_shape) == 3
-        features, self.outputs = obs_shape[0], sum(nvec) if nvec else math.prod(action_shape)
+        features, self.outputs = 512 if self.image else obs_shape[0], sum(nvec) if nvec else math.prod(action_shape)
         if self.image:
             self.channels_last = obs_shape[-1] == min(obs_shape)
             channels, *size = obs_shape[-1:] + obs_shape[:-1] if self.channels_last else obs_shape
             pixels = math.prod((s // 4 - 1) // 2 - 3 for s in size)  # what kernels 8, 4, 3 at strides 4, 2, 1 leave
             convs = [nn.Conv2d(channels, 32, 8, 4), nn.Conv2d(32, 64, 4, 2), nn.Conv2d(64, 64, 3, 1)]
             layers = [m for conv in convs for m in (layer_init(conv), nn.ReLU())] + [nn.Flatten()]
-            features = 512
             self.trunk = nn.Sequential(*layers, layer_init(nn.Linear(64 * pixels, features)), nn.ReLU())
         self.actor = mlp([features, *hidden_sizes, self.outputs], activation, 0.01)  # 0.01: nearly uniform at the start
         self.critic = mlp([features, *hidden_sizes, 1], activation, 1.0)
@@ -534,7 +538,9 @@ class Agent(nn.Module, hub.PyTorchModelHubMixin):
             return noise.normal_(generator=generator)
         return -noise.exponential_(generator=generator).log()
 
-    def choose(self, out: Tensor, noise: Tensor | float) -> Tensor:  # [..., outputs] -> [..., *action_shape]
+    def act(self, obs: Tensor, noise: Tensor | float = 0.0) -> Tensor:
+        """The action that this noise selects, [..., *action_shape]; without noise the mode: the greedy action."""
+        out = self.actor(self.encode(obs))  # [..., outputs]
         if self.nvec is None:
             action = out + self.logstd.exp() * noise
         elif len(self.nvec) == 1:  # the argmax of logits + Gumbel noise is a sample from their softmax
@@ -543,22 +549,16 @@ class Agent(nn.Module, hub.PyTorchModelHubMixin):
             action = torch.stack([logits.argmax(-1) for logits in (out + noise).split(self.nvec, -1)], -1)
         return action.view((*out.shape[:-1], *self.action_shape))
 
-    def act(self, obs: Tensor, noise: Tensor | float = 0.0) -> Tensor:
-        """The action that this noise selects, [..., *action_shape]; without noise the mode: the greedy action."""
-        return self.choose(self.actor(self.encode(obs)), noise)
-
     def get_value(self, obs: Tensor) -> Tensor:  # [...]
         return self.critic(self.encode(obs)).squeeze(-1)
 
-    def get_action_and_value(self, obs: Tensor, action: Tensor | None = None):
-        """Action [..., *action_shape], sampled if not given; its log-probability, the entropy and the value, [...]."""
+    def evaluate_action(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability of the action [..., *action_shape], the policy's entropy, and the value, [...] each."""
         features = self.encode(obs)
         out, value = self.actor(features), self.critic(features).squeeze(-1)
-        if action is None:
-            action = self.choose(out, self.sample_noise(*out.shape[:-1]))
         flat = action.reshape(*out.shape[:-1], -1)
         logprob, entropy = gaussian(out, self.logstd, flat) if self.nvec is None else categorical(out, self.nvec, flat)
-        return action, logprob, entropy, value
+        return logprob, entropy, value
 
 
 # ---- The mathematics of PPO: tensors in, tensors out -----------------------------------------------------------------
@@ -638,7 +638,7 @@ METRICS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl",
 
 def ppo_loss(agent: Agent, obs, actions, logprobs, values, returns, advantages, args: Args) -> tuple[Tensor, Tensor]:
     """The whole objective of a minibatch, PPO Eq. 9, negated; and its METRICS, for the logs."""
-    _, new_logprobs, entropy, new_values = agent.get_action_and_value(obs, actions)
+    new_logprobs, entropy, new_values = agent.evaluate_action(obs, actions)
     logratio = new_logprobs - logprobs
     pg_loss = policy_loss(logratio, advantages, args.clip_coef)
     v_loss = value_loss(new_values, values, returns, args.clip_coef if args.clip_vloss else None)
@@ -708,34 +708,33 @@ def train(args: Args) -> Path:
                 actions[t] = action = agent.act(obs[t], eps)
                 next_obs, rewards[t], terminated[t], truncated[t], info = step_envs(envs, action, iteration * T + t)
                 obs[t + 1] = to_torch(next_obs, device)
-                if args.episodic_life:
-                    lives[t + 1] = info["lives"]
+                lives[t + 1] = info["lives"] if args.episodic_life else 0
         done = terminated | truncated
         valid = ~np.vstack([ended, done[:-1]])  # [T, N]; the row after an episode's last is its reset: no transition
         ended = done[-1]
 
         # Estimate advantages and value targets
         lost_life = (lives[1:] < lives[:-1]) & valid
-        ends = [to_torch(end | lost_life, device) for end in (terminated, done)]  # of the value horizon
-        logprobs, values = score(agent, obs, actions)  # [T, N], [T+1, N]
+        no_future, cut = (to_torch(end | lost_life, device) for end in (terminated, done))  # a lost life counts as both
+        logprobs, values = logprobs_and_values(agent, obs, actions)  # [T, N], [T+1, N]
         scaled = np.sign(rewards) if args.clip_reward else rewards  # reported returns are sums of the untouched ones
         if args.norm_reward:
             scaled = (rewards / agent.return_stats.std.item()).clip(-10, 10)
         learned = to_torch(scaled.astype(np.float32), device)
-        advantages = compute_gae(learned, values, *ends, args.gamma, args.gae_lambda)  # [T, N]
+        advantages = compute_gae(learned, values, no_future, cut, args.gamma, args.gae_lambda)  # [T, N]
         returns = advantages + values[:T]  # [T, N], what the critic learns
         batch = [x.flatten(0, 1) for x in (obs[:T], actions, logprobs, values[:T], returns)]  # as ppo_loss takes them
         rows = minibatches(to_torch(valid, device), args.update_epochs, K, generator)  # [epochs, K, M]
         transitions = int(rank_sum(torch.tensor(valid.sum(), device=device)))
         weight = valid.sum() / transitions  # this rank's share
-        chosen = advantages.flatten()[rows]  # [epochs, K, M]
+        batch_advantages = advantages.flatten()[rows]  # [epochs, K, M]
         if args.norm_adv:
-            chosen = standardize(chosen, weight)  # all minibatches at once: one message for the ranks
+            batch_advantages = standardize(batch_advantages, weight)  # all of them at once: one message for the ranks
 
         # Optimise policy and value function together
         history, priming = [], iteration == 0 and (args.norm_obs or args.norm_reward)
         for epoch in range(0 if priming else args.update_epochs):  # the first rollout only fills the statistics
-            for index, advantage in zip(rows[epoch], chosen[epoch]):  # [M] each
+            for index, advantage in zip(rows[epoch], batch_advantages[epoch]):  # [M] each
                 message = gradient_fn(agent, [*(x[index] for x in batch), advantage], args)
                 gradient, metrics = rank_sum(weight * message).tensor_split([len(theta)])  # means over all ranks
                 history.append(metrics.clone())  # a view would keep the whole message
@@ -762,7 +761,7 @@ def train(args: Args) -> Path:
             if history:
                 means = torch.stack(history).mean(0).tolist()
                 scalars |= {f"losses/{name}": mean for name, mean in zip(METRICS, means)}
-            steps = state["global_step"] - transitions + world * valid.sum(1).cumsum()  # [T], global step of each row
+            steps = state["global_step"] - transitions + valid.sum(1).cumsum() / weight  # [T], of each row
             sums, lengths = accumulate(rewards, done, returned), accumulate(valid, done, length)
             episodes = [(steps[t], sums[t, i], lengths[t, i]) for t, i in np.argwhere(done)]
             report(args, iteration, state["global_step"], writer, bar, recent, episodes, scalars)
@@ -776,11 +775,11 @@ def train(args: Args) -> Path:
 
 
 @torch.no_grad()  # not inference_mode: autograd will meet these numbers in the loss
-def score(agent: Agent, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+def logprobs_and_values(agent: Agent, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities [T, N] of the actions taken and values [T+1, N], a few thousand rows at a time."""
     T, N = actions.shape[:2]
     chunks = zip(obs[:T].flatten(0, 1).split(4096), actions.flatten(0, 1).split(4096))
-    _, logprobs, _, values = zip(*(agent.get_action_and_value(*chunk) for chunk in chunks))
+    logprobs, _, values = zip(*(agent.evaluate_action(*chunk) for chunk in chunks))
     return torch.cat(logprobs).view(T, N), torch.cat([*values, agent.get_value(obs[T])]).view(T + 1, N)
 
 
@@ -896,14 +895,15 @@ def open_run(args: Args, agent: Agent, moments: dict, generator: torch.Generator
     rank, world = ranks()
     here = {"python": platform.python_version(), "torch": str(torch.__version__), "gymnasium": gym.__version__,
             "numpy": np.__version__, "device": device, "threads": torch.get_num_threads(), "ranks": world}  # fmt: skip
-    simulators = [name for name in ("Box2D", "mujoco", "ale_py", "envpool") if name in sys.modules]
-    here |= {name: importlib.metadata.version(name) for name in simulators}
-    state: dict[str, Any] = {"iteration": 0, "global_step": 0, "seconds": 0.0, "best": {"score": -math.inf}}
+    simulators = {"Box2D", "mujoco", "ale_py", "envpool"} & sys.modules.keys()
+    here |= {name: sys.modules[name].__version__ for name in sorted(simulators)}
+    state: dict[str, Any] = {"iteration": 0, "global_step": 0, "seconds": 0.0, "last_score": -math.inf,
+                             "best": {"score": -math.inf}}  # fmt: skip
     if rank == 0 and args.resume:
         state = load_checkpoint(run)
     elif rank == 0:
         if list(run.glob("checkpoint-*.pt")) or (run / "results.json").exists():
-            raise Stop(f"{run} exists: choose another --run-name, or go on with --resume {run}")
+            raise Stop(f"{run} exists: choose another --run-name or, if it is not finished, --resume {run}")
         try:
             run.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -913,7 +913,10 @@ def open_run(args: Args, agent: Agent, moments: dict, generator: torch.Generator
         dist.broadcast_object_list(shared := [state])
         state = shared[0]
     if "agent" in state:
-        agent.load_state_dict(state["agent"])
+        try:
+            agent.load_state_dict(state["agent"])
+        except RuntimeError:
+            raise Stop(f"{run} holds another network: resume it with the script that trained it") from None
         for name, value in state["moments"].items():
             moments[name].copy_(value)
         if rank < len(state["generators"]) and state["settings"]["device"] == device:
@@ -940,8 +943,8 @@ def save_checkpoint(args: Args, run: Path, state: dict, agent: Agent, moments: d
     weights = {name: value.cpu().clone() for name, value in agent.state_dict().items()}
     if args.validation_episodes and state["iteration"]:
         state["last_score"] = float(evaluate(agent, args, args.validation_episodes, VALIDATION)[0].mean())
-    if state.get("last_score", -math.inf) >= state["best"]["score"]:  # a tie goes to the newer
-        state["best"] = {"score": state.get("last_score", -math.inf), "iteration": state["iteration"], "agent": weights}
+    if state["last_score"] >= state["best"]["score"]:  # a tie goes to the newer
+        state["best"] = {"score": state["last_score"], "iteration": state["iteration"], "agent": weights}
     writer.flush()  # a resumed run purges what was logged after its checkpoint and relies on what was logged before
     saved = {"version": VERSION, "agent": weights, "moments": moments, "generators": generators}
     torch.save(state | saved, buffer := io.BytesIO())
@@ -975,7 +978,9 @@ def open_log(args: Args, run: Path, state: dict):
         import wandb
 
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run.name, "id": run.name}
-        wandb.init(**names, dir=run.parent, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
+        kept = {"dir": run.parent, "resume": "allow", "config": asdict(args), "save_code": True}
+        with one_line("Weights & Biases", "Log in with `wandb login`, set WANDB_MODE=offline, or leave out --track"):
+            wandb.init(**names, **kept, sync_tensorboard=True)
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
 
@@ -1037,7 +1042,7 @@ def evaluate(agent: Agent, args: Args, episodes: int, stream: int = EVALUATION, 
 
 @torch.inference_mode()
 def record_video(agent: Agent, args: Args, path: Path) -> None:
-    """One greedy episode, H.264 as browsers and the Hub play it. A failure costs the video, not the run."""
+    """One greedy episode, or its first 3,000 steps, as H.264, which browsers play. Its failure costs no run."""
     unfinished = path.with_name("unfinished.mp4")
     try:
         import imageio_ffmpeg
@@ -1065,6 +1070,7 @@ def record_video(agent: Agent, args: Args, path: Path) -> None:
         video.close()
         envs.close()
         os.replace(unfinished, path)
+        print(f"video: {path}", flush=True)
     except Exception as error:
         unfinished.unlink(missing_ok=True)
         print(f"warning: no video: {type(error).__name__}: {str(error).partition(chr(10))[0]:.200}", file=sys.stderr)
@@ -1089,9 +1095,10 @@ def finish(args: Args, run: Path) -> None:
     if args.track:
         importlib.import_module("wandb").finish()
     agent, state = load_agent(run, args), load_checkpoint(run)
+    print(f"evaluating: {args.eval_episodes} greedy and as many sampled episodes", flush=True)
     results = play(args, run, agent)
     other, _ = evaluate(agent, args, args.eval_episodes, EVALUATION, not args.deterministic)
-    best, last = state["best"], state.get("last_score")
+    best, last = state["best"], state["last_score"]
     which = "last" if best["iteration"] == state["iteration"] else f"best (iteration {best['iteration']})"
     validation = {"best": best["score"], "last": last} if args.validation_episodes else None
     if validation:
@@ -1100,10 +1107,12 @@ def finish(args: Args, run: Path) -> None:
                 "published": which, "validation": validation, "total_timesteps": args.total_timesteps,
                 "global_step": state["global_step"], "training_seconds": state["seconds"],
                 "settings": state["settings"] | {"machine": platform.machine(), "cores": os.cpu_count()}}  # fmt: skip
-    for file in ("ppo.py", "requirements.txt"):
+    for file in {"ppo.py", SCRIPT, "requirements.txt"}:
         if (source := Path(__file__).with_name(file)).exists():
             write_file(run / file, source.read_bytes())
-    hide_host(run)
+    for path in run.glob("events.out.tfevents.*"):  # TensorBoard names the host in them; the time, to sort by, stays
+        words = path.name.split(".")  # events, out, tfevents, time, host (with dots, or none), process, number
+        path.rename(path.with_name(".".join(words[:4] + words[-2:])))
     write_file(run / "README.md", model_card(args, run, args.repo_id or f"runs/{run.name}", results).encode())
     write_json(run / "results.json", results)  # last: it says that the run is finished
 
@@ -1111,16 +1120,16 @@ def finish(args: Args, run: Path) -> None:
 # ---- Sharing: what is pushed is what was saved, loaded again and evaluated; what is downloaded is not trusted --------
 
 SIZE_LIMITS = {"hyperparameters.json": 2**16, "config.json": 2**16, "model.safetensors": 2**28}  # bytes
-PUBLISHED = [*SIZE_LIMITS, "README.md", "results.json", "replay.mp4", "ppo.py", "requirements.txt", "*tfevents*"]
-LOGIN = """Log in with `hf auth login` or set HF_TOKEN to a token that may write; or train without --repo-id now, and \
-push later with --push."""
-PLAYED = ("env_id", "env_kwargs", "seed", "hidden_sizes", "activation", "norm_obs", "logstd_init")  # what play needs
+PUBLISHED = [*SIZE_LIMITS, "README.md", "results.json", "replay.mp4", "*.py", "requirements.txt", "*tfevents*"]
+LOGIN = """If the Hub can be reached, log in with `hf auth login` or set HF_TOKEN to a token that may write; or train \
+without --repo-id now, and push later with --push."""
+PLAYED = ("env_id", "env_kwargs", "seed", "vectorization", "hidden_sizes", "activation", "norm_obs", "logstd_init")
 SAFE_KWARGS = {"is_slippery", "continuous", "repeat_action_probability", *UNTOUCHED}  # that strangers may pass on
 
 
 @contextlib.contextmanager
 def one_line(what: str, remedy: str, code: int = 2):
-    """Turn whatever the Hub's client raises, a dozen unrelated types, into one line that says what to do."""
+    """Turn whatever a client of a service raises, a dozen unrelated types, into one line that says what to do."""
     try:
         yield
     except Stop:
@@ -1132,12 +1141,11 @@ def one_line(what: str, remedy: str, code: int = 2):
 
 def policy_folder(name: str) -> tuple[Path, str | None]:
     """The folder with a policy's files; and, if it was downloaded, the `me/name@commit` it came from, else None."""
-    is_repo = re.fullmatch(r"(?!runs/)[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", name)
-    if Path(name).is_dir() or not is_repo:
+    if Path(name).is_dir() or not re.fullmatch(r"(?!runs/)[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", name):
         return Path(name), None
     repo_id, _, commit = name.partition("@")
     for file, limit in SIZE_LIMITS.items():
-        with one_line(f"downloading {file} of {name}", "Is this a run's folder, or a repo that ppo.py pushed?"):
+        with one_line(f"downloading {file} of {name}", "Can the Hub be reached, and did ppo.py push this?"):
             found = hub.get_hf_file_metadata(hub.hf_hub_url(repo_id, file, revision=commit or None))
             if found.size is None or found.size > limit:
                 raise Stop(f"refused {name}: {file} has {found.size} bytes, the limit is {limit}")
@@ -1158,8 +1166,7 @@ def played_args(name: str, env_id: str | None) -> tuple[Args, str]:
         if saved.env_id.startswith("ALE/"):
             with contextlib.suppress(ImportError):
                 gym.register_envs(importlib.import_module("ale_py"))
-        plain = re.fullmatch(r"([\w-]+/)?\w[\w.-]*-v\d+", saved.env_id, re.ASCII)
-        if not plain or saved.env_id not in gym.registry:
+        if saved.env_id not in gym.registry:
             raise Stop(f"refused {name}: no environment {saved.env_id!r} here; if you trust it, name it: --env-id")
     if unsafe := sorted(set(saved.env_kwargs) - SAFE_KWARGS):
         raise Stop(f"refused {name}: it passes {', '.join(unsafe)} to its environment, which could do harm")
@@ -1182,7 +1189,8 @@ def load_agent(folder: Path, args: Args, source: str | None = None) -> Agent:
         if wrong := [name for name, x in weights.items() if x.dtype != types[name] or not x.isfinite().all()]:
             raise ValueError(f"not finite, or of the wrong type: {', '.join(wrong[:3])}")
     except OSError as error:
-        raise Stop(f"cannot read the agent in {folder}: {error.strerror or error}") from None
+        hint = "; a run has one when it is finished: --resume it" if list(folder.glob("checkpoint-*.pt")) else ""
+        raise Stop(f"cannot read the agent in {folder}: {error.strerror or error}{hint}") from None
     except (ValueError, safetensors.SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise Stop(f"refused config.json or model.safetensors of {source or folder}: {reason:.200}") from None
@@ -1202,9 +1210,8 @@ def push(args: Args, run: Path) -> None:
     """Card, agent, scores, video, logs and code in one commit, in place of what an earlier push left."""
     if not args.repo_id or not (run / "results.json").exists():
         raise Stop(f"{run} is not finished: --resume {run}" if args.repo_id else "--push needs --repo-id me/name")
-    hide_host(run)
     retry = shlex.join([*launcher(1), "--push", str(run), "--repo-id", args.repo_id])
-    remedy = f"The run is safe in {run}. Check your login and try again: {retry}"
+    remedy = f"The run is safe in {run}. Check network and login and try again: {retry}"
     with one_line(f"the push to {args.repo_id}", remedy, code=1):
         repo_id = claim_repo(args)
         results = json.loads((run / "results.json").read_text())
@@ -1214,16 +1221,9 @@ def push(args: Args, run: Path) -> None:
     print(f"pushed: {url}")
 
 
-def hide_host(run: Path) -> None:
-    """Take the host's name out of TensorBoard's file names; the time, by which they sort, stays."""
-    for path in run.glob("events.out.tfevents.*"):
-        words = path.name.split(".")  # events, out, tfevents, time, host (with dots, or none), process, number
-        path.rename(path.with_name(".".join(words[:4] + words[-2:])))
-
-
 def launcher(processes: int) -> list[str]:
-    """The words that start ppo.py on so many processes of a machine."""
-    return [*(["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]), "ppo.py"]
+    """The words that start the script on so many processes of a machine."""
+    return [*(["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]), SCRIPT]
 
 
 def training_command(args: Args, ranks: int = 1) -> str:
@@ -1238,7 +1238,7 @@ def training_command(args: Args, ranks: int = 1) -> str:
     return shlex.join(words)
 
 
-def sparkline(run: Path, width: int = 40) -> str:
+def sparkline(run: Path) -> str:
     """The learning curve, read from the run's own logs, in characters."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -1246,7 +1246,7 @@ def sparkline(run: Path, width: int = 40) -> str:
     log = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     tag = "charts/episodic_return"
     values = [event.value for event in log.Scalars(tag)] if tag in log.Tags()["scalars"] else [0.0]
-    means = np.array([part.mean() for part in np.array_split(values, min(width, len(values)))])
+    means = np.array([part.mean() for part in np.array_split(values, min(40, len(values)))])
     heights = 7 * (means - means.min()) / max(np.ptp(means), 1e-8)
     return f"{means[0]:.1f} {''.join('▁▂▃▄▅▆▇█'[round(h)] for h in heights)} {means[-1]:.1f}"
 
@@ -1263,7 +1263,10 @@ def model_card(args: Args, run: Path, source: str, r: dict[str, Any]) -> str:
                          eval_results=[result])  # fmt: skip
     settings = ", ".join(f"{name} {value}" for name, value in r["settings"].items())
     rows = "\n".join(f"| `{flag(k)}` | {v} |" for k, v in asdict(args).items() if k not in FREE)
-    download = "" if source.startswith("runs/") else f"hf download {source} ppo.py requirements.txt --local-dir .\n"
+    code = sorted(file for file in {"ppo.py", SCRIPT, "requirements.txt"} if (run / file).exists())
+    download = "" if source.startswith("runs/") else f"hf download {source} {' '.join(code)} --local-dir .\n"
+    start = "pip install -r requirements.txt\npython" if "requirements.txt" in code else "uv run"
+    named = f" --env-id {args.env_id}" if ":" in args.env_id else ""  # or it is not trusted
     video = "`replay.mp4` shows one greedy episode." if (run / "replay.mp4").exists() else ""
     text = f"""
 # PPO agent playing {args.env_id}
@@ -1284,8 +1287,7 @@ The agent is that of the {r["published"]} checkpoint. Mean episode return as it 
 ## Play it
 
 ```bash
-{download}pip install -r requirements.txt
-python ppo.py --evaluate {source} --capture-video
+{download}{start} {SCRIPT} --evaluate {source}{named} --capture-video
 ```
 
 ```python
@@ -1322,7 +1324,8 @@ def on_signal(signum: int, frame) -> None:
         return None if signum == signal.SIGINT else os._exit(0)
     if any(f.f_code.co_name == "__del__" for f, _ in traceback.walk_stack(frame)):  # what is raised there is lost
         return threading.Timer(0.01, os.kill, [os.getpid(), signum]).start()
-    signal.signal(signum, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     raise KeyboardInterrupt(signum)
 
 
@@ -1338,7 +1341,7 @@ def run_command(args: Args) -> None:
     elif args.push:
         push(args, Path(args.push))
     elif args.resume and (Path(args.resume) / "results.json").exists():
-        print(f"{args.resume} is finished already: nothing to do; to share it: --push")
+        print(f"{args.resume} is finished already; to share it: --push {args.resume} --repo-id me/name")
     else:
         rank, _ = ranks()
         if args.track and not importlib.util.find_spec("wandb"):

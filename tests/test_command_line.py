@@ -182,6 +182,12 @@ def test_an_unknown_module_is_named(refused):
     assert "no_such_module" in refused("--env-id", "no_such_module:MyEnv-v0")
 
 
+@pytest.mark.parametrize("env_id", ["MyEnv-v0", "LunarLander"])
+def test_what_ids_look_like_is_told(env_id, refused):
+    message = refused("--env-id", env_id)
+    assert all(example in message for example in (env_id, "LunarLander-v3", "ALE/Pong-v5", "my_module:MyEnv-v0"))
+
+
 def test_an_unknown_env_kwarg_is_named(refused):
     assert "gravityy" in refused("--env-kwargs", "gravityy", "3")
 

@@ -165,6 +165,7 @@ def test_trains_an_environment_of_the_users_own_module(main, vectorization, tmp_
     assert code == 0, err
     results = json.loads((tmp_path / "runs/mine/results.json").read_text())
     assert [1.5 * length for length in results["episode_lengths"]] == results["episode_returns"]
+    assert "--evaluate runs/mine --env-id my_module:MyEnv-v0 " in (tmp_path / "runs/mine/README.md").read_text()
 
 
 # Observations and actions
@@ -273,6 +274,12 @@ def test_a_vectorization_that_the_environment_lacks_is_refused_in_one_line(vecto
     code, _, err = main("--env-id", register(Clock), "--vectorization", vectorization, *AT_ONCE)
     assert (code, err.count("\n")) == (2, 1)
     assert "Tiny-v0" in err
+
+
+def test_a_vector_environment_that_resets_within_a_step_is_refused_in_one_line(main):
+    code, _, err = main("--env-id", "ALE/Pong-v5", "--env-kwargs", "autoreset_mode", "SameStep", *AT_ONCE)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "ALE/Pong-v5" in err and "NEXT_STEP" in err
 
 
 def count_by_hand(steps):

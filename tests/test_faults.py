@@ -49,7 +49,7 @@ class Bad(gym.Env):
             case "raise": raise OSError("the bridge is out")
             case "die": os._exit(3)
             case "leave": os._exit(0)
-        return obs, reward, False, self.t == 10, {{}}
+        return obs, reward, False, self.t == 10, {{"odd": np.zeros(3 if self.fault == "odd info" else 2)}}
 
 
 gym.register("Bad-v0", Bad)
@@ -127,6 +127,13 @@ def test_an_environment_that_raises_keeps_its_traceback_and_gets_a_name_and_a_re
     assert "environment 2" in notes and f"python ppo.py --resume {RUN}" in notes
     assert step is None or f"step {step}" in notes
     assert newest() == "checkpoint-00000002.pt"
+
+
+def test_an_environment_whose_info_cannot_be_gathered_gets_a_name_too(main, monkeypatch):
+    monkeypatch.setenv("FAULT", "odd info")
+    with pytest.raises(ValueError, match="broadcast") as caught:
+        main(*TRAIN)
+    assert f"environment 2 at step {2 * 8}" in "\n".join(caught.value.__notes__)
 
 
 def test_an_async_environment_that_raises_is_reported_just_as_well():
@@ -282,8 +289,8 @@ def test_a_disk_that_fills_up_while_the_agent_is_saved_costs_one_line(main, monk
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_run_whose_folder_vanishes_ends_in_one_line(main, monkeypatch):
-    score = ppo.score
-    monkeypatch.setattr(ppo, "score", lambda *args: (shutil.rmtree("runs", ignore_errors=True), score(*args))[1])
+    step = ppo.adam_step
+    monkeypatch.setattr(ppo, "adam_step", lambda *args: (shutil.rmtree("runs", ignore_errors=True), step(*args))[1])
     code, _, err = main(*TRAIN)
     assert code == 1
     assert str(RUN) in err and "No such file or directory" in err and one_line(err)

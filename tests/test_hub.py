@@ -319,6 +319,18 @@ def test_a_pushed_policy_scores_what_it_scored_before_the_push(pushed, client):
     assert (code, score(out)) == (0, score(pushed.stdout)), err
 
 
+def test_a_policy_plays_the_episodes_of_the_vectorization_it_was_scored_with(
+    pushed, client, run, stranger, settings, world
+):
+    data = settings({"vectorization": "sync"})
+    (world.work / run / "hyperparameters.json").write_bytes(data)
+    own, (code, out, err) = (
+        client("--evaluate", name, "--eval-episodes", 4) for name in (run, stranger(hyperparameters__json=data))
+    )
+    assert (code, score(out)) == (0, score(own[1])), err
+    assert score(out) != score(pushed.stdout)  # native environments have other seeds
+
+
 def test_a_revision_is_played_as_it_was(pushed, client, hub, stranger):
     repo_id = stranger()
     good = hub.repos[repo_id][-1]["oid"]
@@ -419,12 +431,14 @@ def test_a_run_resumed_by_its_absolute_path_does_not_tell_it(resumed):
     assert not [name for name, data in files_in(resumed).items() if "sentinel" in name or b"sentinel" in data]
 
 
-def test_a_log_left_by_a_killed_process_is_pushed_without_its_host(client, hub, run, world):
-    (world.work / run / "events.out.tfevents.1700000000.sentinel-host.7.0").touch()
-    code, _, err = client("--push", run, "--repo-id", f"tester/{run.name}")
+def test_a_log_left_by_a_killed_process_is_pushed_without_its_host(client, hub, world):
+    folder, repo_id = world.runs / "killed", "tester/killed"
+    folder.mkdir()
+    (folder / "events.out.tfevents.1700000000.sentinel-host.lan.7.0").touch()
+    code, _, err = client(*QUICK, "--run-name", "killed", "--repo-id", repo_id)
     assert code == 0, err
-    assert "events.out.tfevents.1700000000.7.0" in hub.files(f"tester/{run.name}")
-    assert not [name for name in hub.files(f"tester/{run.name}") if "sentinel" in name]
+    assert "events.out.tfevents.1700000000.7.0" in hub.files(repo_id)
+    assert not [name for name in hub.files(repo_id) if "sentinel" in name]
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -185,6 +185,24 @@ def test_environments_that_ranks_cannot_share_are_refused_in_one_line(main, monk
     assert err.count("\n") == 1 and "--num-envs 3" in err and "2 ranks" in err
 
 
+UNEQUAL = """
+import os
+import gymnasium as gym
+from gymnasium.envs.classic_control import PendulumEnv
+
+length = 128 if os.environ.get("RANK") == "0" else 3  # a whole rollout, or as many resets as can be
+gym.register("Unequal-v0", PendulumEnv, max_episode_steps=length)
+"""
+
+
+def test_episodes_are_logged_at_steps_of_all_ranks():
+    Path("unequal.py").write_text(UNEQUAL)
+    done = torchrun("--env-id", "unequal:Unequal-v0", *QUICK, "--checkpoint-every", "1", "--run-name", "unequal")
+    assert done.returncode == 0, done.stderr
+    logs = scalars("runs/unequal")
+    assert [step for step, _ in logs["charts/episodic_return"][::2]] == [step for step, _ in logs["charts/SPS"]]
+
+
 MORTAL = """
 import os, signal
 import gymnasium as gym

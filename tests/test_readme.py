@@ -183,6 +183,15 @@ def test_the_fork_swaps_both_networks(clone):
     assert agent.stdout.count("LayerNorm") == 4, agent.stderr
 
 
+def test_the_fork_publishes_its_own_file_and_names_it(clone):
+    folder, env = clone
+    printed_by(f"python my_ppo.py {AT_ONCE} --run-name fork", folder, env)
+    run = folder / "runs" / "fork"
+    assert (run / "my_ppo.py").read_text() == OWN_FILES["my_ppo.py"] and (run / "ppo.py").exists()
+    card = (run / "README.md").read_text()
+    assert "python my_ppo.py --evaluate runs/fork" in card and "python my_ppo.py --env-id CartPole-v1" in card
+
+
 # What is named
 
 

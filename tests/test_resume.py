@@ -127,7 +127,8 @@ def test_a_run_told_to_stop_stops_cleanly_says_how_to_go_on_and_goes_on_exactly(
     assert ending(RUN) == ending(reference)
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_stops_at_once(second, tmp_path):
     world = "import atexit, time, gymnasium\natexit.register(time.sleep, 60)\n" \
             "gymnasium.register('Slow-v0', gymnasium.spec('CartPole-v1').entry_point, max_episode_steps=9)"  # fmt: skip
     Path("slow_to_leave.py").write_text(world)
@@ -136,9 +137,9 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     process.send_signal(signal.SIGINT)
     while "stopped" not in (line := process.stderr.readline()):
         assert line, "it ended without a word"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(second)
     process.communicate(timeout=5)
-    assert process.returncode == -signal.SIGINT
+    assert process.returncode == -second
 
 
 # A finished run, and what a kill just before its last checkpoint or its results would have left
@@ -177,6 +178,19 @@ def test_resuming_a_finished_run_does_nothing_and_says_so(finished, main):
     assert code == 0
     assert "finished" in out + err
     assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == before
+
+
+def test_an_unfinished_run_is_not_evaluated_but_told_to_be_resumed(unfinished, main):
+    code, _, err = main("--evaluate", RUN)
+    assert (code, err.count("\n")) == (2, 1)
+    assert str(RUN) in err and "--resume" in err
+
+
+def test_a_run_of_another_network_is_refused_in_one_line(unfinished, main, monkeypatch):
+    monkeypatch.setattr(ppo, "mlp", lambda sizes, *_: torch.nn.Linear(sizes[0], sizes[-1]))
+    code, _, err = main(*RESUME)
+    assert (code, err.count("\n")) == (2, 1)
+    assert str(RUN) in err and "another network" in err
 
 
 def test_a_run_killed_after_its_last_checkpoint_is_only_evaluated(unfinished, uninterrupted, main):

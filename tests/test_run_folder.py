@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import re
+import shutil
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -123,6 +124,12 @@ def test_training_seconds_are_those_of_all_iterations_without_evaluation(main, m
     assert 512 <= json.loads(Path("runs/trained/results.json").read_text())["training_seconds"] < 1000
 
 
+def test_a_run_without_requirements_is_played_with_uv(trained, results, tmp_path):
+    shutil.copytree(trained.run, tmp_path / "lean", ignore=shutil.ignore_patterns("requirements.txt"))
+    card = ppo.model_card(trained.args, tmp_path / "lean", "me/lean", results)
+    assert "\nhf download me/lean ppo.py --local-dir .\nuv run ppo.py --evaluate me/lean " in card
+
+
 # Logs
 
 
@@ -199,8 +206,8 @@ def test_the_saved_agent_is_built_with_the_runs_settings(trained):
 def test_the_saved_agent_takes_any_batch_of_observations(trained):
     agent, obs = load(trained.run), torch.randn(2, 3, 4)
     for batch in (obs, obs[0], obs[0, 0]):
-        action, logprob, entropy, value = agent.get_action_and_value(batch)
-        shapes = {x.shape for x in (agent.act(batch), agent.get_value(batch), action, logprob, entropy, value)}
+        action = agent.act(batch, agent.sample_noise(*batch.shape[:-1]))
+        shapes = {x.shape for x in (action, agent.get_value(batch), *agent.evaluate_action(batch, action))}
         assert shapes == {batch.shape[:-1]}
 
 
@@ -378,3 +385,10 @@ def test_track_mirrors_the_logs_inside_runs(tmp_path):
     (mirror,) = (work / "runs").rglob("offline-run-*/run-trained.wandb")
     assert [tag for tag in scalars(work / "runs/trained") if tag.encode() not in mirror.read_bytes()] == []
     assert not list((work / "runs").rglob("wandb/**/wandb"))  # it does not mirror its own mirror
+
+
+@pytest.mark.slow
+def test_track_without_a_login_is_refused_in_one_line(tmp_path):
+    done = command(*FLAGS, "--track", env={"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(tmp_path)})
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and "wandb login" in done.stderr.splitlines()[-1]

@@ -100,7 +100,8 @@ def minibatch(agent, n=32):
     """Arguments of ppo_loss: random rows, with the log-probabilities and values of the agent itself."""
     obs = torch.randn(n, 4)
     with torch.no_grad():
-        actions, logprobs, _, values = agent.get_action_and_value(obs)
+        actions = agent.act(obs, agent.sample_noise(n))
+        logprobs, _, values = agent.evaluate_action(obs, actions)
     return agent, obs, actions, logprobs, values, torch.randn(n), torch.randn(n)
 
 
@@ -184,7 +185,8 @@ def reference_update(weights, obs, actions, rewards, terminated, done, rows, arg
 
 @pytest.mark.parametrize("continuous, max_grad_norm", [(False, 20.0), (True, 1.0)], ids=["discrete", "continuous"])
 def test_a_whole_update_equals_a_float64_reference(monkeypatch, continuous, max_grad_norm):
-    scored, estimated, ordered = (record(monkeypatch, name) for name in ("score", "compute_gae", "minibatches"))
+    names = ("logprobs_and_values", "compute_gae", "minibatches")
+    scored, estimated, ordered = (record(monkeypatch, name) for name in names)
     args = quick(env_kwargs={"continuous": continuous}, clip_coef=0.1, ent_coef=0.05, max_grad_norm=max_grad_norm)
     trained = ppo.load_agent(ppo.train(args), args).state_dict()
 
@@ -275,7 +277,7 @@ def test_statistics_stand_still_while_an_iteration_collects_and_learns(monkeypat
 
 
 def test_statistics_see_each_transition_once_and_no_reset_row(monkeypatch):
-    scored, ordered = record(monkeypatch, "score"), record(monkeypatch, "minibatches")
+    scored, ordered = record(monkeypatch, "logprobs_and_values"), record(monkeypatch, "minibatches")
     args = quick(iterations=4, norm_obs=True, norm_reward=True)
     agent = ppo.load_agent(ppo.train(args), args)
     rows = torch.cat([obs[:-1][valid] for ((_, obs, _), _), ((valid, *_), _) in zip(scored, ordered)]).double()

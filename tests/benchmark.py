@@ -47,8 +47,8 @@ ROWS = {  # name: flags, steps of one run
     "cartpole": ("--env-id CartPole-v1", 100_000),
     "lunarlander-sync": ("--env-id LunarLander-v3 --vectorization sync", 100_000),
     "lunarlander-envpool": ("--env-id LunarLander-v3 --vectorization envpool", 100_000),
-    "halfcheetah-sync": ("--env-id HalfCheetah-v5 --num-envs 16 --num-steps 128 --vectorization sync", 50_000),
-    "halfcheetah-envpool": ("--env-id HalfCheetah-v5 --num-envs 16 --num-steps 128 --vectorization envpool", 50_000),
+    "halfcheetah-sync": ("--env-id HalfCheetah-v5 --vectorization sync", 50_000),
+    "halfcheetah-envpool": ("--env-id HalfCheetah-v5 --vectorization envpool", 50_000),
     "pong": ("--env-id ALE/Pong-v5", 10_240),
 }
 LANDER = "--env-id LunarLander-v3 --total-timesteps 350000 --num-envs 32 --num-steps 128 --num-minibatches 8 " \

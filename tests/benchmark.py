@@ -138,8 +138,7 @@ def floors(args):
     moments = {"mean": torch.zeros_like(theta), "square": torch.zeros_like(theta), "step": torch.zeros_like(theta[0])}
     data = torch.as_tensor(obs)[torch.arange(B) % len(obs)]
     with torch.no_grad():
-        actions = agent.act(data, agent.sample_noise(B))
-        logprobs, _, values = agent.evaluate_action(data, actions)
+        actions, logprobs, _, values = agent.get_action_and_value(data)
     batch = [data, actions, logprobs, values, values + torch.randn_like(values), torch.randn_like(values)]
     minibatch = [x[:M] for x in batch]
 

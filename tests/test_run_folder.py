@@ -206,8 +206,8 @@ def test_the_saved_agent_is_built_with_the_runs_settings(trained):
 def test_the_saved_agent_takes_any_batch_of_observations(trained):
     agent, obs = load(trained.run), torch.randn(2, 3, 4)
     for batch in (obs, obs[0], obs[0, 0]):
-        action = agent.act(batch, agent.sample_noise(*batch.shape[:-1]))
-        shapes = {x.shape for x in (action, agent.get_value(batch), *agent.evaluate_action(batch, action))}
+        action, logprob, entropy, value = agent.get_action_and_value(batch)
+        shapes = {x.shape for x in (agent.act(batch), agent.get_value(batch), action, logprob, entropy, value)}
         assert shapes == {batch.shape[:-1]}
 
 

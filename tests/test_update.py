@@ -100,8 +100,7 @@ def minibatch(agent, n=32):
     """Arguments of ppo_loss: random rows, with the log-probabilities and values of the agent itself."""
     obs = torch.randn(n, 4)
     with torch.no_grad():
-        actions = agent.act(obs, agent.sample_noise(n))
-        logprobs, _, values = agent.evaluate_action(obs, actions)
+        actions, logprobs, _, values = agent.get_action_and_value(obs)
     return agent, obs, actions, logprobs, values, torch.randn(n), torch.randn(n)
 
 

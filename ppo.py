@@ -44,7 +44,6 @@ normalised (--norm-obs, --norm-reward). Where it departs from CleanRL, whose fla
 
 import contextlib
 import fnmatch
-import gc
 import hashlib
 import importlib.util
 import io
@@ -1379,7 +1378,6 @@ def main(argv: list[str] | None = None) -> int:
     args = None
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-    gc.freeze()  # what was imported stays: to search it for garbage again and again would cost some 5 % of the time
     try:
         run_command(args := parse_args(argv))
         return 0

@@ -159,7 +159,8 @@ def test_commands_run_and_print_what_is_shown(commands, shown, clone):
         output = printed_by(f"{command} {flags}".replace("<run>", run.name), folder, env)
         assert re.search(expected, output, re.MULTILINE), f"{command}\n{output}"
         printed += output
-    assert ("--capture-video" in " ".join(commands)) == bool(list(folder.glob("runs/*/replay.mp4")))
+    filmed = re.search("--capture-video|--repo-id", " ".join(commands))
+    assert bool(filmed) == bool(list(folder.glob("runs/*/replay.mp4")))
     for line in shown:
         assert re.search(f"^{pattern(line)}$", printed, re.MULTILINE), f"not printed: {line}\n{printed}"
 

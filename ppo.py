@@ -1172,7 +1172,8 @@ def played_args(name: str, env_id: str | None) -> tuple[Args, str]:
         if saved.env_id.startswith("ALE/"):
             with contextlib.suppress(ImportError):
                 gym.register_envs(importlib.import_module("ale_py"))
-        if saved.env_id not in gym.registry:
+        plain = re.fullmatch(r"([\w-]+/)?\w[\w.-]*-v\d+", saved.env_id, re.ASCII)
+        if not plain or saved.env_id not in gym.registry:
             raise Stop(f"refused {name}: no environment {saved.env_id!r} here; if you trust it, name it: --env-id")
     if unsafe := sorted(set(saved.env_kwargs) - SAFE_KWARGS):
         raise Stop(f"refused {name}: it passes {', '.join(unsafe)} to its environment, which could do harm")

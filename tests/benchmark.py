@@ -32,6 +32,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count, cycle
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -131,21 +132,20 @@ def floors(args):
     envs, obs, _ = ppo.make_envs(args, ppo.seeds(args.seed, ppo.TRAINING, n=args.num_envs))
     config = ppo.agent_config(args, envs)
     ppo.choose_device(args, config)  # sets the number of threads
-    choices, B = cycle([envs.action_space.sample() for _ in range(100)]), args.batch_size
-    M = B // args.num_minibatches
+    choices = cycle([envs.action_space.sample() for _ in range(100)])
+    M = args.batch_size // args.num_minibatches
     agent = ppo.Agent(**config)
-    theta = ppo.flatten(agent)
-    moments = {"mean": torch.zeros_like(theta), "square": torch.zeros_like(theta), "step": torch.zeros_like(theta[0])}
-    data = torch.as_tensor(obs)[torch.arange(B) % len(obs)]
+    optimizer = ppo.FlatAdam(agent)
+    rows = torch.as_tensor(obs)[torch.arange(M) % len(obs)]
     with torch.no_grad():
-        actions, logprobs, _, values = agent.get_action_and_value(data)
-    batch = [data, actions, logprobs, values, values + torch.randn_like(values), torch.randn_like(values)]
-    minibatch = [x[:M] for x in batch]
+        actions = agent.act(rows, agent.sample_noise(M))
+        logprobs, _, values = agent.replay(SimpleNamespace(obs=rows, actions=actions))
+    advantages = torch.randn_like(values)
+    minibatch = ppo.Batch(rows, actions, logprobs, values, advantages, returns=values + torch.randn_like(values))
 
     def step(gradient_fn):
-        gradient, _ = gradient_fn(agent, minibatch, args).tensor_split([len(theta)])
-        gradient *= (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1)
-        ppo.adam_step(theta, gradient, moments, args.learning_rate)
+        gradient, _ = gradient_fn(agent, minibatch, args)
+        optimizer.step(ppo.clip_norm(gradient, args.max_grad_norm), args.learning_rate)
 
     def seconds(work):
         """Median of at least five times, over about two seconds, after a first call that warms up."""
@@ -158,8 +158,8 @@ def floors(args):
             times.append((time.perf_counter() - started) / 20)
         return statistics.median(times)
 
-    compiled = ppo.compile_gradient(args, agent, data.unsqueeze(1), actions.unsqueeze(1))
-    updates = [seconds(partial(step, loss_fn)) * args.update_epochs / M for loss_fn in (ppo.compute_gradient, compiled)]
+    ways = (ppo.compute_gradient, ppo.compile_gradient(agent, args))
+    updates = [seconds(partial(step, way)) * args.update_epochs / M for way in ways]
     return seconds(lambda: envs.step(next(choices))) / args.num_envs, *updates
 
 

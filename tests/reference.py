@@ -3,6 +3,8 @@
     python tests/reference.py                                       # all rows but Atari's, which need a GPU
     python tests/reference.py --envs CartPole-v1 LunarLander-v3     # these rows only
     python tests/reference.py --summary-only                        # train nothing, redo tables and figures
+    python tests/reference.py --curves                              # only curves.png, from what is committed
+    python tests/reference.py --frames runs/<run>                   # only frames.png, from that run's replay.mp4
 
 Interrupt it at any time; the same command goes on where it was. A run works in runs/work-<env>-seed<k>, with its
 console in the .log beside. Once it is finished, runs/reference/<env>/ keeps of it what the results are made from:
@@ -10,15 +12,16 @@ console in the .log beside. Once it is finished, runs/reference/<env>/ keeps of 
     seed<k>.json            its results.json: 100 greedy episodes of the agent that it would publish
     curve.csv, curve.png    mean return of the training episodes that ended in each hundredth of the run, by seed
     hyperparameters.json    what all of these seeds were trained with
-    replay.png              LunarLander's only: a whole episode of seed 1 in one picture
 
-summary.json and summary.md in runs/reference/ follow from these files alone; summary.md is the README's table.
+From these files alone follow summary.json and curves.png in runs/reference/, and what stands between the two marks
+<!-- results --> and <!-- /results --> in README.md and in runs/reference/results.md.
 """
 
 import io
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -36,6 +39,7 @@ from ppo import usual_args, write_file, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "runs" / "reference"
+BLOCK = re.compile("(?<=<!-- results -->\n).*(?=<!-- /results -->)", re.DOTALL)  # in README.md and results.md
 
 
 class Row(NamedTuple):
@@ -58,14 +62,15 @@ ROWS = [
     Row("LunarLander-v3", 1_000_000, 10, 7, "242.1 +/- 31.8 (v2)", "zoo"),
     Row("LunarLander-v3", 2_000_000, 10, 3, "289.2 +/- 15.8 (v2)", "Hub"),
     Row("HalfCheetah-v5", 1_000_000, 10, 19, "5819.1 +/- 663.5 (v3)", "zoo"),
-    Row("Hopper-v5", 1_000_000, 10, 2, "2609.3 +/- 700.8 (v3)", "Tianshou"),
+    Row("Hopper-v5", 1_000_000, 10, 2, "2609.3 +/- 700.8 (v3); at about 4M 3485", "Tianshou; rl_games"),
     Row("Acrobot-v1", 500_000, 5, 6, "-81.8 +/- 5.6; at 1M -73.5 +/- 18.2", "baselines; zoo"),
     Row("MountainCar-v0", 500_000, 5, 5, "-200 +/- 0; at 1M -110.4 +/- 19.5", "CleanRL; zoo"),
     Row("Pendulum-v1", 100_000, 5, 28, "-172.2 +/- 104.2", "zoo"),
     Row("LunarLanderContinuous-v3", 1_000_000, 5, 2, "270.9 +/- 32.1 (v2)", "zoo"),
     Row("BipedalWalker-v3", 5_000_000, 5, 4, "287.9 +/- 2.4", "zoo"),
-    Row("Walker2d-v5", 1_000_000, 5, 4, "3588.5 +/- 756.6 (v3); about 4000", "Tianshou; ikostrikov"),
-    Row("Ant-v5", 1_000_000, 5, 4, "3258.4 +/- 1079.3 (v3)", "Tianshou"),
+    Row("Walker2d-v5", 1_000_000, 5, 4, "3588.5 +/- 756.6 (v3); about 4000; at about 9M 5186",
+        "Tianshou; ikostrikov; rl_games"),
+    Row("Ant-v5", 1_000_000, 5, 4, "3258.4 +/- 1079.3 (v3); at about 9M 4429", "Tianshou; rl_games"),
     Row("Swimmer-v5", 1_000_000, 5, 4, "281.6 +/- 9.7 (v3)", "zoo"),
     Row("Humanoid-v5", 1_000_000, 5, 3, "787.1 +/- 193.5 (v3)", "Tianshou"),
     Row("InvertedPendulum-v5", 1_000_000, 5, 1, "1000 +/- 0 (v2)", "Tianshou"),
@@ -74,39 +79,11 @@ ROWS = [
     Row("Pusher-v5", 1_000_000, 5, 1, "-40.4 +/- 7.2 (v4)", "CleanRL"),
     Row("ALE/Pong-v5", 10_000_000, 3, 1, "21.0 +/- 0.1 (v4)", "zoo"),
     Row("ALE/Breakout-v5", 10_000_000, 3, 1, "414.7 +/- 28.1 (v4)", "CleanRL"),
-]
-
-SOURCES = {
-    "zoo": "[RL Baselines3 Zoo](https://github.com/DLR-RM/rl-baselines3-zoo/blob/master/benchmark.md)",
-    "CleanRL": "[its documentation](https://docs.cleanrl.dev/rl-algorithms/ppo/)",
-    "baselines": "OpenAI's, as measured by CleanRL",
-    "Tianshou": "[its MuJoCo benchmark](https://github.com/thu-ml/tianshou/tree/master/examples/mujoco#ppo)",
-    "ikostrikov": "pytorch-a2c-ppo-acktr-gail, read off its curve by Tianshou",
-    "Hub": "the best model card found there",
-}
-NOTES = """
-- Each seed is trained from nothing and scored by the mean return of 100 greedy episodes in fresh environments. The
-  agent scored is the best checkpoint of its run, chosen on other episodes; the steps of those are not counted.
-- Mean, std (of the sample), interquartile mean (IQM) and worst are over those scores. The interval is a 95% bootstrap
-  over seeds, stratified by environment, as [Agarwal et al. (2021)](https://arxiv.org/abs/2108.13264) advise.
-- Training: the median wall time without evaluation, on one thread, on a machine with two cores that other runs kept
-  busy.
-- Tried: settings compared on seeds above 100; 1 is a guess from like environments. The seeds of Acrobot,
-  BipedalWalker, HalfCheetah, InvertedDoublePendulum, both LunarLanders, Pendulum, Reacher, Swimmer and Walker2d were
-  run anew, with settings found in that way, after earlier ones had done worse on them. Ant and Humanoid are observed
-  without their contact forces, which were always zero in the versions that others report.
-- Published: for the same version and as many steps, unless it says otherwise; +/- is over the episodes of one run (zoo,
-  Hub) or over runs (the others).
-
-Sources:
-{sources}.
-
-Made with {made_with}.
-"""
+]  # fmt: skip
 
 
 def main(envs: tuple[str, ...] = (), seeds: int | None = None, jobs: int = 2, first_seed: int = 1,
-         summary_only: bool = False) -> int:  # fmt: skip
+         summary_only: bool = False, curves: bool = False, frames: tuple[Path, ...] = ()) -> int:  # fmt: skip
     """Run what is missing of the results, then write tables and figures.
 
     Args:
@@ -114,7 +91,16 @@ def main(envs: tuple[str, ...] = (), seeds: int | None = None, jobs: int = 2, fi
         seeds: seeds of each, instead of the row's own number
         jobs: runs at a time
         first_seed: the first of the seeds
-        summary_only: run nothing"""
+        summary_only: run nothing
+        curves: draw curves.png and do nothing else
+        frames: films, or folders of runs that have one: make frames.png of them and do nothing else"""
+    if curves:
+        summary = json.loads((REFERENCE / "summary.json").read_text())
+        write_file(REFERENCE / "curves.png", png(small_multiples(summary), 150))
+    if frames:
+        write_file(REFERENCE / "frames.png", strip([path / "replay.mp4" if path.is_dir() else path for path in frames]))
+    if curves or frames:
+        return 0
     if unknown := set(envs) - {row.env_id for row in ROWS}:
         sys.exit(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(row.env_id for row in ROWS)}")
     rows = [row for row in ROWS if (row.env_id in envs if envs else not row.env_id.startswith("ALE/"))]
@@ -123,15 +109,13 @@ def main(envs: tuple[str, ...] = (), seeds: int | None = None, jobs: int = 2, fi
     for row in ROWS:
         if (reference_folder(row) / "curve.csv").exists():
             draw(row.env_id, reference_folder(row))
-    lander = next(row for row in ROWS if row.env_id == "LunarLander-v3")
-    run, folder = work_folder(lander, 1), reference_folder(lander)
-    if (run / "results.json").exists() and not (folder / "replay.png").exists():
-        picture(run, folder)
     summary = [summarize(row, reference_folder(row)) for row in ROWS]
     REFERENCE.mkdir(parents=True, exist_ok=True)
     write_file(REFERENCE / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-    write_file(REFERENCE / "summary.md", markdown(summary).encode())
-    print("summary: runs/reference/summary.md")
+    write_file(REFERENCE / "curves.png", png(small_multiples(summary), 150))
+    for path, table in ((ROOT / "README.md", short_table(summary)), (REFERENCE / "results.md", long_table(summary))):
+        write_file(path, BLOCK.sub(lambda _, table=table: table, path.read_text()).encode())
+    print("results: README.md and runs/reference/results.md")
     return code
 
 
@@ -258,43 +242,106 @@ def read_curves(path: Path) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     return steps, {int(name.removeprefix("seed")): column for name, column in zip(head[1:], columns)}
 
 
+def read_lines(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The steps [points] and mean returns [runs, points] of a row's runs; NaN before a run's first episode ended."""
+    steps, curves = read_curves(folder / "curve.csv")
+    known = [(curve, ~np.isnan(curve)) for curve in curves.values()]
+    return steps, np.stack([np.interp(steps, steps[ok], curve[ok], left=np.nan) for curve, ok in known])
+
+
+def draw_middle(axes, steps: np.ndarray, lines: np.ndarray) -> None:
+    """The IQM of lines [runs, points] and, as a band, its interval; from where on an episode has ended in every run."""
+    whole = ~np.isnan(lines).any(0)
+    low, high = interval(lines[:, whole], 2000)
+    axes.fill_between(steps[whole], low, high, color="tab:orange", alpha=0.25, linewidth=0, label="95% interval")
+    axes.plot(steps[whole], iqm(lines[:, whole]), color="tab:orange", linewidth=2.2, label="interquartile mean")
+
+
+def finish(axes, steps: np.ndarray) -> None:
+    """What all panels share."""
+    from matplotlib.ticker import EngFormatter
+
+    axes.set_xlim(0, steps[-1])
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def png(figure, dpi: int) -> bytes:
+    figure.savefig(image := io.BytesIO(), format="png", dpi=dpi, metadata={"Software": None})
+    return image.getvalue()
+
+
 def draw(env_id: str, folder: Path) -> None:
     """curve.png: every seed thin, their IQM bold, its interval as a band."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
 
-    steps, curves = read_curves(folder / "curve.csv")
-    known = [(curve, ~np.isnan(curve)) for curve in curves.values()]
-    lines = np.stack([np.interp(steps, steps[ok], curve[ok], left=np.nan) for curve, ok in known])  # [runs, points]
-    whole = ~np.isnan(lines).any(0)  # from where on an episode has ended in every run
-    low, high = interval(lines[:, whole], 2000)
+    steps, lines = read_lines(folder)
     figure = Figure(figsize=(6, 3.8), layout="constrained")
     axes = figure.subplots()
     labels = [f"{len(lines)} seeds", *["_"] * (len(lines) - 1)]  # matplotlib lists no label that begins with _
     axes.plot(steps, lines.T, color="tab:blue", alpha=0.4, linewidth=0.8, label=labels)
-    axes.fill_between(steps[whole], low, high, color="tab:orange", alpha=0.25, linewidth=0, label="95% interval")
-    axes.plot(steps[whole], iqm(lines[:, whole]), color="tab:orange", linewidth=2.2, label="interquartile mean")
-    axes.set(title=env_id, xlabel="environment steps", ylabel="return of training episodes", xlim=(0, steps[-1]))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(axis="y", color="0.9", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
+    draw_middle(axes, steps, lines)
+    axes.set(title=env_id, xlabel="environment steps", ylabel="return of training episodes")
+    finish(axes, steps)
     axes.legend(frameon=False, fontsize="small")
-    figure.savefig(image := io.BytesIO(), format="png", dpi=100, metadata={"Software": None})
-    write_file(folder / "curve.png", image.getvalue())
+    write_file(folder / "curve.png", png(figure, 100))
 
 
-def picture(run: Path, folder: Path) -> None:
-    """replay.png: one episode, filmed; of each pixel the brightest value over every 12th of its frames."""
+def worlds(summary: list[dict]) -> list[dict]:
+    """The rows that have results, one for each world: the one with the steps of its preset."""
+    return [row for row in summary if row["seeds"] and row["steps"] == usual_args(row["env_id"]).total_timesteps]
+
+
+def published_means(published: str) -> list[float]:
+    """The means in a row's text: first that at as many steps, then any others."""
+    return [float(re.sub(r"\(.*?\)|\+/- \S+|at (about )?\S+M|about", "", part)) for part in published.split(";")]
+
+
+def small_multiples(summary: list[dict]):
+    """A panel for each world: the IQM of its runs and its interval, their mean score, and what others published."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    rows, columns = worlds(summary), 5
+    height = len(rows) // columns + 1  # one panel more is for the legend
+    figure = Figure(figsize=(10, 1.8 * height), layout="constrained")
+    panels = figure.subplots(height, columns).flat
+    for axes, row in zip(panels, rows):
+        steps, lines = read_lines(REFERENCE / row["env_id"].replace("/", "-"))
+        draw_middle(axes, steps, lines)
+        axes.plot(steps[-1:], [row["mean"]], "o", color="tab:blue", clip_on=False, zorder=3, label="mean score")
+        for i, mean in enumerate(published_means(row["published"])):
+            axes.axhline(mean, color="0.25", linestyle=":" if i else "--", linewidth=1, label="_" if i else "published")
+        axes.set_title(row["env_id"], fontsize=8.5)
+        axes.tick_params(labelsize=8)
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.set_xticks([0, steps[-1] / 2, steps[-1]])
+        finish(axes, steps)
+    rest = figure.axes[len(rows) :]
+    rest[len(rest) // 2].legend(*axes.get_legend_handles_labels(), loc="center", frameon=False, fontsize=9)
+    for axes in rest:
+        axes.set_axis_off()
+    return figure
+
+
+def strip(films: list[Path], number: int = 6, height: int = 200) -> bytes:
+    """A picture of so many frames side by side: of each film equally many, evenly spaced up to its last one."""
     from imageio_ffmpeg import read_frames
-    from matplotlib.image import imsave
+    from PIL import Image
 
-    command = [sys.executable, "ppo.py", "--evaluate", f"runs/{run.name}", "--capture-video", "--eval-episodes", "1"]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    frames = read_frames(str(run / "replay.mp4"))
-    width, height = next(frames)["size"]
-    film = np.stack([np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in frames])
-    imsave(image := io.BytesIO(), film[::12].max(0), format="png", metadata={"Software": None})
-    write_file(folder / "replay.png", image.getvalue())
+    row = []
+    for film in films:
+        frames = read_frames(str(film))
+        size = next(frames)["size"]
+        frames = list(frames)
+        share = number // len(films)
+        for i in range(1, share + 1):
+            frame = Image.frombytes("RGB", size, frames[(len(frames) - 1) * i // share])
+            frame = frame.resize((size[0] * height // size[1], height), Image.Resampling.LANCZOS)
+            row += [np.asarray(frame), np.full((height, 8, 3), 255, np.uint8)]  # a white gap after each
+    Image.fromarray(np.hstack(row[:-1])).save(image := io.BytesIO(), format="png", optimize=True)
+    return image.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,32 +386,45 @@ def merge(settings: list[dict]) -> dict[str, list[str]]:
     return {name: sorted(v for n, v in pairs if n == name) for one in settings for name in one}
 
 
-def markdown(summary: list[dict]) -> str:
-    """The README's results table."""
+def in_words(row: dict) -> dict[str, str]:
+    """The numbers of a row of the summary, as tables show them."""
+    steps, n, seconds = row["steps"], len(row["seeds"]), row.get("training_seconds", 0)
+    digits = 2 if abs(row.get("mean", 0)) < 10 else 1
+    return {name: f"{row[name]:.{digits}f}" for name in ("mean", "std", "iqm", "low", "high", "min") if n} | {
+        "steps": f"{steps / 1e6:g}M" if steps >= 1_000_000 else f"{steps // 1000}k",
+        "seeds": f"{n}" if n >= row["planned"] else f"{n} of {row['planned']}",
+        "wall": f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min",
+    }
+
+
+def long_table(summary: list[dict]) -> str:
+    """The table of results.md: all rows and all numbers."""
     names = ("environment", "steps", "seeds", "mean", "std", "IQM [95%]", "worst", "training", "tried",
              "published best", "source")  # fmt: skip
     lines = [f"| {' | '.join(names)} |", "|:--|" + "--:|" * 8 + ":--|:--|"]
     for row in summary:
-        steps = f"{row['steps'] / 1e6:g}M" if row["steps"] >= 1_000_000 else f"{row['steps'] // 1000}k"
-        n, cells = len(row["seeds"]), ["not run", "", "", "", ""]
+        x, n, cells = in_words(row), len(row["seeds"]), ["not run", "", "", "", ""]
         if n:
-            digits = 2 if abs(row["mean"]) < 10 else 1
-            mean, std, mid, low, high, worst = (
-                f"{row[k]:.{digits}f}" for k in ("mean", "std", "iqm", "low", "high", "min")
-            )
-            seconds = row["training_seconds"]
-            wall = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
-            spread = [std, f"{mid} [{low}, {high}]"] if n > 1 else ["", ""]
-            cells = [mean, *spread, worst, wall]
-        seeds = f"{n}" if n >= row["planned"] else f"{n} of {row['planned']}"
-        words = [row["env_id"], steps, seeds, *cells, str(row["tried"]), row["published"], row["source"]]
+            spread = [x["std"], f"{x['iqm']} [{x['low']}, {x['high']}]"] if n > 1 else ["", ""]
+            cells = [x["mean"], *spread, x["min"], x["wall"]]
+        words = [row["env_id"], x["steps"], x["seeds"], *cells, str(row["tried"]), row["published"], row["source"]]
         lines.append(f"| {' | '.join(words)} |")
     if missing := dict.fromkeys(row["env_id"] for row in summary if len(row["seeds"]) < row["planned"]):
         lines.append(f"\nTo be run: `python tests/reference.py --envs {' '.join(missing)}`")
-    sources = ";\n".join(f"{name}: {where}" for name, where in SOURCES.items())
     settings = [{k: " or ".join(v) for k, v in row["made_with"].items()} for row in summary if row["seeds"]]
     made_with = ", ".join(f"{name} {' or '.join(values)}" for name, values in merge(settings).items())
-    return "\n".join(lines) + "\n" + NOTES.format(sources=sources, made_with=made_with or "nothing yet")
+    return "\n".join(lines) + f"\n\nMade with {made_with or 'nothing yet'}.\n"
+
+
+def short_table(summary: list[dict]) -> str:
+    """The table of the README: one line for each world that has results."""
+    lines = ["| environment | steps | seeds | score | published | training |", "|:--|--:|--:|--:|:--|--:|"]
+    for row in worlds(summary):
+        x = in_words(row)
+        score = f"{x['mean']} +/- {x['std']}" if len(row["seeds"]) > 1 else x["mean"]
+        words = [row["env_id"], x["steps"], x["seeds"], score, row["published"], x["wall"]]
+        lines.append(f"| {' | '.join(words)} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import FrozenInstanceError, asdict, fields, is_dataclass
 from pathlib import Path
+from typing import Annotated, Literal, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -34,9 +35,17 @@ def refused(main, tmp_path):
         assert "Traceback" not in err
         assert err.count("\n") == 1 if err.startswith("error: ") else err.count("For full helptext") == 1
         assert set(tmp_path.rglob("*")) == before
-        return " ".join(re.sub("[╭╮╰╯│─]|-{3,}", " ", err).split())
+        return in_one_line(err)
 
     return call
+
+
+def in_one_line(text):
+    return " ".join(without_frames(text).split())
+
+
+def without_frames(text):
+    return re.sub("[╭╮╰╯│─]|-{3,}", " ", text)
 
 
 # Defaults, presets and flags
@@ -48,17 +57,45 @@ def test_help_shows_the_defaults_of_the_environment(env_id, main):
     args = ppo.Args(env_id=env_id, **ppo.preset(env_id)[1])
     assert code == 0
     for name in ("env_id", "learning_rate", "num_envs", "total_timesteps", "gamma", "norm_obs"):
-        block = re.search(rf"{ppo.flag(name)}[ ,].*?\(default: (\S+)\)", out, re.DOTALL)
+        block = re.search(rf"{ppo.flag(name)}[ ,].*?\(default: (\S+)\)", in_one_line(out))
         assert block[1] == str(getattr(args, name))
 
 
-def test_every_flag_has_a_help_text(main, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
-    _, out, _ = main("--help")
-    out, source = " ".join(out.split()), inspect.getsource(ppo.Args)
-    for option in fields(ppo.Args):
-        comment = re.search(rf"^    {option.name}: .*?  # (.+)$", source, re.MULTILINE)
-        assert f"{comment[1]} (default: " in out
+BOXES = {"world": ppo.WorldArgs, "algorithm": ppo.AlgorithmArgs, "network": ppo.NetworkArgs,
+         "evaluation": ppo.EvaluationArgs, "run": ppo.RunArgs, "machine": ppo.MachineArgs}  # fmt: skip
+
+
+def test_help_has_a_box_for_each_group_of_flags_the_world_first(main, monkeypatch):
+    """With its flags in order and without prefixes, and the comment of each."""
+    monkeypatch.setenv("COLUMNS", "120")  # with more, boxes would stand side by side
+    code, out, err = main("--help")
+    assert (code, err) == (0, "")
+    _, *parts = re.split(r"^ *((?:\w+ )?options) *$", without_frames(out), flags=re.MULTILINE)
+    assert parts[::2] == ["options", *(f"{title} options" for title in BOXES)]
+    for group, text in zip(BOXES.values(), parts[3::2]):
+        flags = re.findall(r"^ {1,4}(--\S+?),? ", text, re.MULTILINE)  # help texts stand further right
+        assert flags == [ppo.flag(option.name) for option in fields(group)]
+        assert in_one_line(text).startswith(group.__doc__)
+        for option in fields(group):
+            comment = re.search(rf"^    {option.name}: .*?  # (.+)$", inspect.getsource(group), re.MULTILINE)
+            assert re.search(rf"{ppo.flag(option.name)}\b.* {re.escape(comment[1])} \(default: ", in_one_line(text))
+
+
+def test_every_flag_is_in_one_of_these_groups():
+    assert [f.name for group in BOXES.values() for f in fields(group)] == [f.name for f in fields(ppo.Args)]
+
+
+def test_args_are_one_flat_frozen_dataclass_that_starts_with_the_environment():
+    args = ppo.Args(env_id="Taxi-v4", seed=7, hidden_sizes=(8,), gamma=0.5)
+    assert fields(ppo.Args)[0].name == "env_id" and ppo.Args("Taxi-v4").env_id == "Taxi-v4"
+    assert (args.env_id, args.seed, args.hidden_sizes, args.gamma) == ("Taxi-v4", 7, (8,), 0.5)
+    assert not any(is_dataclass(value) for value in vars(args).values())
+    assert asdict(args) == asdict(ppo.Args()) | {
+        "env_id": "Taxi-v4", "seed": 7, "hidden_sizes": (8,), "gamma": 0.5,
+    }  # fmt: skip
+    for name in ("env_id", "seed"):
+        with pytest.raises(FrozenInstanceError):
+            setattr(args, name, getattr(args, name))
 
 
 @pytest.mark.parametrize(
@@ -124,12 +161,49 @@ FRACTIONS = ("gamma", "gae_lambda")
     + [(name, value) for name in WEIGHTS for value in ("-0.1", "nan", "inf")]
     + [(name, value) for name in FRACTIONS for value in ("-0.01", "1.01", "nan")]
     + [("seed", value) for value in ("-1", str(2**32))]
-    + [("validation_episodes", "-1"), ("hidden_sizes", "0"), ("logstd_init", "nan")],
-)
+    + [("validation_episodes", "-1"), ("hidden_sizes", "0")]
+    + [("logstd_init", value) for value in ("-20.1", "2.1", "nan")]
+    + [(name, "65537") for name in ("num_envs", "num_minibatches", "update_epochs", "hidden_sizes",
+                                    "validation_episodes", "eval_episodes", "checkpoint_every")]
+    + [("num_steps", "1"), ("num_steps", str(2**20 + 1)), ("total_timesteps", str(2**62 + 1))],
+)  # fmt: skip
 def test_a_number_out_of_range_is_named_with_its_flag(name, value, refused):
     message = refused(ppo.flag(name), value)
     assert ppo.flag(name) in message
     assert value in message
+    if not (name in COUNTS and value == "nan"):  # that is no integer at all
+        assert re.fullmatch(rf"error: {ppo.flag(name)} must be .+, got {re.escape(value)}(\.0)?", message)
+
+
+def test_each_of_several_numbers_has_to_be_in_range(refused):
+    assert refused("--hidden-sizes", 8, 65536, 0) == "error: --hidden-sizes must be from 1 to 65536, got 0"
+
+
+LIMITED = Annotated[int, "from 3 to 5", 3, 5]
+
+
+@pytest.mark.parametrize(
+    "hint", [LIMITED, LIMITED | None, tuple[LIMITED, ...], tuple[LIMITED, ...] | None, tuple[LIMITED | None, ...]]
+)
+def test_a_range_is_found_inside_of_tuples_and_options(hint):
+    assert ppo.find_range(hint) == ("from 3 to 5", 3, 5)
+
+
+@pytest.mark.parametrize("hint", [int, str | None, tuple[int, ...], Literal["a", "b"], dict[str, bool | int]])
+def test_no_range_is_found_where_there_is_none(hint):
+    assert ppo.find_range(hint) is None
+
+
+def test_every_number_has_a_range():
+    hints = get_type_hints(ppo.Args, include_extras=True)
+    numbers = {name for name, hint in hints.items() if re.search(r"\b(int|float)\b", str(hint))} - {"env_kwargs"}
+    assert {"seed", "gamma", "hidden_sizes", "target_kl", "checkpoint_every"} < numbers
+    assert [name for name in numbers if ppo.find_range(hints[name]) is None] == []
+
+
+@pytest.mark.parametrize("name", ["target_kl", "checkpoint_every"])
+def test_none_is_in_every_range(name):
+    assert getattr(ppo.Args(**{name: None}), name) is None
 
 
 @pytest.mark.parametrize("argv", [("--learning-rate", "fast"), ("--num-envs", "1.5"), ("--vectorization", "threads")])

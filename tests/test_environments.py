@@ -53,21 +53,28 @@ def register(monkeypatch):
 @pytest.fixture
 def steps(monkeypatch):
     """What the environments answered: (obs, rewards, terminated, truncated, info) of each step, as it happens."""
-    record, step_envs = [], ppo.step_envs
-    monkeypatch.setattr(ppo, "step_envs", lambda *args: record.append(copy.deepcopy(step_envs(*args))) or record[-1])
+    record, ask = [], ppo.ask
+
+    def spy(*args, **kwargs):
+        answer = ask(*args, **kwargs)
+        if len(answer) == 5:  # a reset answers with two
+            record.append(copy.deepcopy(answer))
+        return answer
+
+    monkeypatch.setattr(ppo, "ask", spy)
     return record
 
 
 @pytest.fixture
 def learned(monkeypatch):
     """What the loss saw: (observations, actions) of each minibatch, as it happens."""
-    record, ppo_loss = [], ppo.ppo_loss
+    record, compute_gradient = [], ppo.compute_gradient
 
-    def spy(agent, obs, actions, *rest):
-        record.append((obs.clone(), actions.clone()))
-        return ppo_loss(agent, obs, actions, *rest)
+    def spy(agent, batch, args):
+        record.append((batch.obs.clone(), batch.actions.clone()))
+        return compute_gradient(agent, batch, args)
 
-    monkeypatch.setattr(ppo, "ppo_loss", spy)
+    monkeypatch.setattr(ppo, "compute_gradient", spy)
     return record
 
 

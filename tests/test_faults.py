@@ -1,5 +1,6 @@
 """Bad worlds, bad machines: the run stops with a word on what to do, and its last good checkpoint stays the newest."""
 
+import multiprocessing
 import os
 import resource
 import shutil
@@ -187,6 +188,20 @@ def test_a_signal_in_a_destructor_is_not_lost():
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_signal_while_a_worker_is_forked_is_not_lost():
+    armed = [signal.SIGINT]
+    os.register_at_fork(after_in_parent=lambda: armed and signal.raise_signal(armed.pop()))
+    worker, before = multiprocessing.get_context("fork").Process(target=int), signal.signal(signal.SIGINT, ppo.on_signal)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            worker.start()
+            time.sleep(5)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        worker.join()
+    assert worker.exitcode == 0 and not armed
+
+
 def start(*argv, fault="none", **kwargs):
     return subprocess.Popen([sys.executable, ROOT / "ppo.py", *argv], text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, env=os.environ | {"FAULT": fault}, **kwargs)  # fmt: skip
@@ -222,24 +237,48 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("bad", LOSSES.values(), ids=LOSSES)
-def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_the_optimiser_steps(bad, main, monkeypatch):
-    events, ppo_loss, step = [], ppo.ppo_loss, ppo.adam_step
+@pytest.fixture
+def events(monkeypatch):
+    """The steps of the optimiser, as they happen."""
+    record, step = [], ppo.FlatAdam.step
+    monkeypatch.setattr(ppo.FlatAdam, "step", lambda *args: (record.append("step"), step(*args)))
+    return record
 
-    def loss_gone_bad(*args):
-        events.append("loss")
-        loss, metrics = ppo_loss(*args)
-        if len(events) < 5:
-            return loss, metrics
-        return bad(loss), bad(metrics)
 
-    monkeypatch.setattr(ppo, "ppo_loss", loss_gone_bad)
-    monkeypatch.setattr(ppo, "adam_step", lambda *args: (events.append("step"), step(*args)))
-    code, _, err = main(*TRAIN)
+def assert_stopped_in_the_third_minibatch(result, events):
+    code, _, err = result
     assert code == 1
     assert events == ["loss", "step", "loss", "step", "loss"]
     assert "iteration 0" in err and "--learning-rate" in err and one_line(err)
     assert newest() == "checkpoint-00000000.pt"
+
+
+@pytest.mark.parametrize("part", ["policy_loss", "value_loss"])
+@pytest.mark.parametrize("bad", LOSSES.values(), ids=LOSSES)
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_optimiser_steps(bad, part, events, main, monkeypatch):
+    loss = getattr(ppo, part)
+
+    def loss_gone_bad(*args):
+        events.append("loss")
+        return loss(*args) if len(events) < 5 else bad(loss(*args))
+
+    monkeypatch.setattr(ppo, part, loss_gone_bad)
+    assert_stopped_in_the_third_minibatch(main(*TRAIN), events)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e30"])  # the square of the last is not finite, nor the norm
+def test_a_gradient_that_is_not_finite_somewhere_stops_it_too_though_the_losses_are(value, events, main, monkeypatch):
+    compute_gradient = ppo.compute_gradient
+
+    def gradient_gone_bad(*args):
+        events.append("loss")
+        gradient, metrics = compute_gradient(*args)
+        if len(events) == 5:
+            gradient[7] = float(value)
+        return gradient, metrics
+
+    monkeypatch.setattr(ppo, "compute_gradient", gradient_gone_bad)
+    assert_stopped_in_the_third_minibatch(main(*TRAIN), events)
 
 
 def test_an_absurd_learning_rate_ends_in_one_line(main):
@@ -262,8 +301,11 @@ def unfinished(main):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread
-@pytest.mark.parametrize("size", [20_000, 50], ids=["the checkpoint does not fit", "nothing fits"])
-def test_a_full_disk_costs_one_line_and_no_checkpoint(size, unfinished, main):
+@pytest.mark.parametrize("trained", [False, True], ids=["while it trains", "when it was trained"])
+@pytest.mark.parametrize("size", [20_000, 50], ids=["neither checkpoint nor agent fits", "nothing fits"])
+def test_a_full_disk_costs_one_line_and_no_checkpoint(size, trained, unfinished, main):
+    if not trained:
+        (RUN / newest()).unlink()
     before = checkpoints()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -289,8 +331,8 @@ def test_a_disk_that_fills_up_while_the_agent_is_saved_costs_one_line(main, monk
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_run_whose_folder_vanishes_ends_in_one_line(main, monkeypatch):
-    step = ppo.adam_step
-    monkeypatch.setattr(ppo, "adam_step", lambda *args: (shutil.rmtree("runs", ignore_errors=True), step(*args))[1])
+    step = ppo.FlatAdam.step
+    monkeypatch.setattr(ppo.FlatAdam, "step", lambda *args: (shutil.rmtree("runs", ignore_errors=True), step(*args))[1])
     code, _, err = main(*TRAIN)
     assert code == 1
     assert str(RUN) in err and "No such file or directory" in err and one_line(err)

@@ -185,7 +185,7 @@ def test_one_command_trains_records_and_pushes_in_a_single_commit(pushed, hub):
     files = [re.sub(r"tfevents\.[\d.]+$", "tfevents", name) for name in hub.files("tester/cartpole")]
     assert sorted(files) == sorted([
         "README.md", "config.json", "model.safetensors", "hyperparameters.json", "results.json", "replay.mp4",
-        "ppo.py", "requirements.txt", "events.out.tfevents",
+        "curve.png", "ppo.py", "requirements.txt", "events.out.tfevents",
     ])  # fmt: skip
     assert [commit["message"] == "initial commit" for commit in hub.repos["tester/cartpole"]] == [True, False]
     assert f"pushed: {hub.url}/tester/cartpole" in pushed.stdout
@@ -274,7 +274,7 @@ def results(pushed, world):
 def test_the_cards_metadata_is_what_leaderboards_read(card, results):
     data = card.data.to_dict()
     task = "reinforcement-learning"
-    assert data["pipeline_tag"] == task and data["library_name"]
+    assert data["pipeline_tag"] == task and data["library_name"] and card.data.model_name == "PPO-CartPole-v1"
     assert data["tags"] == ["CartPole-v1", "ppo", "deep-reinforcement-learning", task, "custom-implementation",
                             "deep-rl-course"]  # fmt: skip
     (evaluation,) = card.data.eval_results
@@ -297,6 +297,24 @@ def test_the_cards_text_says_what_was_measured_and_where(card, results, world):
         f"| `--learning-rate` | {args.learning_rate} |",
     ):  # fmt: skip
         assert words in card.text
+
+
+def test_the_picture_on_the_card_is_in_the_repo(card, hub):
+    (picture,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", card.text)
+    assert hub.files("tester/cartpole")[picture].startswith(b"\x89PNG\r\n")
+
+
+@pytest.mark.parametrize("env_id, mean, value", [
+    ("ALE/Pong-v5", -20.5, "-20.50 +/- 1.50"), ("my_module:MyEnv-v0", 0.0, "0.00 +/- 1.50"),
+])  # fmt: skip
+def test_the_cards_metadata_holds_any_id_and_score(pushed, world, results, env_id, mean, value):
+    args = replace(ppo.load_args(world.runs / "first"), env_id=env_id)
+    text = ppo.model_card(args, world.runs / "first", "tester/it", results | {"mean_reward": mean, "std_reward": 1.5})
+    data = ModelCard(text).data
+    assert data.model_name == f"PPO-{env_id}" and data.tags[0] == env_id
+    (evaluation,) = data.eval_results
+    assert (evaluation.dataset_type, evaluation.dataset_name) == (env_id, env_id)
+    assert evaluation.metric_value == value
 
 
 @pytest.mark.parametrize("env_id, changes", [

@@ -167,7 +167,7 @@ def test_the_value_loss_takes_the_larger_error_row_by_row():
 
 def test_gaussian_is_a_diagonal_multivariate_normal():
     mean, logstd, action = torch.randn(7, 2, 3), torch.tensor([-1.0, 0.0, 0.7]), torch.randn(7, 2, 3)
-    logprob, entropy = ppo.gaussian(mean, logstd, action)
+    logprob, entropy = ppo.Gaussian(mean, logstd).logprob_and_entropy(action)
     expected = MultivariateNormal(mean, torch.diag((2 * logstd).exp()))
     torch.testing.assert_close(logprob, expected.log_prob(action))
     torch.testing.assert_close(entropy, expected.entropy())
@@ -177,7 +177,7 @@ def test_gaussian_is_a_diagonal_multivariate_normal():
 def test_categorical_is_the_sum_of_independent_categoricals(nvec):
     logits = 3 * torch.randn(7, 2, sum(nvec))
     action = torch.stack([torch.randint(n, (7, 2)) for n in nvec], -1)
-    logprob, entropy = ppo.categorical(logits, nvec, action)
+    logprob, entropy = ppo.Categorical(logits, nvec).logprob_and_entropy(action)
     expected = [Categorical(logits=part) for part in logits.split(nvec, -1)]
     torch.testing.assert_close(logprob, sum(d.log_prob(a) for d, a in zip(expected, action.unbind(-1))))
     torch.testing.assert_close(entropy, sum(d.entropy() for d in expected))
@@ -244,11 +244,28 @@ def test_accumulate_equals_a_loop_over_each_episode():
     assert carry == pytest.approx(sums[-1], abs=1e-12)
 
 
+def numbered_batch():
+    """A batch [16, 8] whose columns tell the number of their row."""
+    row = torch.arange(128).view(16, 8)
+    return ppo.Batch(row[..., None].expand(-1, -1, 3), row, *(row + shift for shift in (0.1, 0.2, 0.3, 0.4)))
+
+
+def epochs(valid, count, **kwargs):
+    """`count` epochs of four minibatches each: lists of Batch."""
+    args = ppo.Args(num_steps=16, num_envs=8, num_minibatches=4, **kwargs)
+    generator = torch.Generator().manual_seed(2)
+    return [list(ppo.minibatches(numbered_batch(), valid, 1.0, args, generator)) for _ in range(count)]
+
+
+def row_numbers(epoch):
+    return torch.stack([minibatch.actions for minibatch in epoch])
+
+
 def test_minibatches_use_every_valid_row_evenly_and_no_other():
-    valid = torch.rand(16, 8, generator=torch.Generator().manual_seed(1)) < 0.4
-    rows = ppo.minibatches(valid, 5, 4, torch.Generator().manual_seed(2))
+    valid = np.random.default_rng(1).random((16, 8)) < 0.4
+    rows = torch.stack([row_numbers(epoch) for epoch in epochs(valid, 5)])
     assert rows.shape == (5, 4, 32)  # whatever the number of valid rows
-    real = valid.flatten().nonzero().squeeze(-1)
+    real = torch.tensor(np.flatnonzero(valid))
     for epoch in rows:
         used, counts = epoch.unique(return_counts=True)
         assert used.equal(real)
@@ -257,9 +274,33 @@ def test_minibatches_use_every_valid_row_evenly_and_no_other():
 
 
 def test_minibatches_without_resets_are_permutations():
-    rows = ppo.minibatches(torch.ones(16, 8, dtype=torch.bool), 5, 4, torch.Generator().manual_seed(2))
+    rows = torch.stack([row_numbers(epoch) for epoch in epochs(np.ones((16, 8), dtype=bool), 5)])
     assert rows.view(5, 128).sort(-1).values.equal(torch.arange(128).expand(5, -1))
     assert len(rows.view(5, 128).unique(dim=0)) == 5
+
+
+def test_all_columns_of_a_minibatch_are_of_the_same_rows():
+    [epoch] = epochs(np.random.default_rng(1).random((16, 8)) < 0.4, 1, norm_adv=False)
+    for minibatch in epoch:
+        row = minibatch.actions
+        assert minibatch.obs.equal(row[:, None].expand(-1, 3))
+        columns = (minibatch.logprobs, minibatch.values, minibatch.advantages, minibatch.returns)
+        for column, shift in zip(columns, (0.1, 0.2, 0.3, 0.4)):
+            torch.testing.assert_close(column, row + shift)
+
+
+def test_advantages_are_standardised_minibatch_by_minibatch():
+    [epoch] = epochs(np.random.default_rng(1).random((16, 8)) < 0.4, 1)
+    for minibatch in epoch:
+        raw = minibatch.actions + 0.3
+        expected = (raw - raw.mean()) / raw.std(correction=0)
+        torch.testing.assert_close(minibatch.advantages, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_longer_than_the_limit_is_shortened_and_a_shorter_one_is_not():
+    gradient = torch.tensor([3.0, 0.0, -4.0])
+    torch.testing.assert_close(ppo.clip_norm(gradient, 0.5), gradient / 10)
+    assert ppo.clip_norm(gradient, 5.1).equal(gradient)
 
 
 def test_running_statistics_equal_those_of_all_rows_at_once():

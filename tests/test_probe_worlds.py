@@ -53,8 +53,12 @@ def learn(world, **kwargs):
 
 
 @torch.no_grad()
+def predict(agent, *observations):
+    return agent.critic(agent.encode(torch.tensor(observations)[:, None])).squeeze(-1).tolist()
+
+
 def values(agent, *observations):
-    return pytest.approx(agent.get_value(torch.tensor(observations)[:, None]).tolist(), abs=0.05)
+    return pytest.approx(predict(agent, *observations), abs=0.05)
 
 
 def greedy(agent, *observations):
@@ -89,19 +93,19 @@ def test_a_truncated_episode_is_worth_what_its_last_observation_promises():
     """V = r + 0.9 V, though no episode lasts longer than one step. With truncation taken for termination: 0 and 1;
     with a bootstrap from the reset observation, which is either start: 4.5 and 5.5."""
     agent = learn("TruncOne", total_timesteps=3_200, learning_rate=2e-2)
-    low, high = agent.get_value(torch.tensor([[-1.0], [1.0]])).tolist()
+    low, high = predict(agent, -1.0, 1.0)
     assert low == pytest.approx(0, abs=0.3)
     assert high == pytest.approx(10, abs=0.3)
 
 
 def test_the_terminal_observation_never_enters_a_minibatch(monkeypatch):
-    seen, ppo_loss = [], ppo.ppo_loss
+    seen, compute_gradient = [], ppo.compute_gradient
 
-    def spy(agent, obs, *rest):
-        seen.append(obs.clone())
-        return ppo_loss(agent, obs, *rest)
+    def spy(agent, batch, args):
+        seen.append(batch.obs.clone())
+        return compute_gradient(agent, batch, args)
 
-    monkeypatch.setattr(ppo, "ppo_loss", spy)
+    monkeypatch.setattr(ppo, "compute_gradient", spy)
     agent = learn("TermOne", norm_obs=True)
     assert torch.cat(seen).unique().tolist() == [0, 1]
     assert agent.obs_stats.mean.item() == pytest.approx(0.5, abs=0.1)  # nor a statistic

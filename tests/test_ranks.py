@@ -1,9 +1,10 @@
 """Several processes under torchrun: they train one agent, decide together, and end together."""
 
 import os
+import socket
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing import get_context
@@ -38,11 +39,16 @@ def ranks(tmp_path_factory):
         pool.shutdown()
 
 
-def torchrun(*argv, **env):
-    """ppo.py on two ranks, as a user starts it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "ppo.py", *argv]
+def launch(launcher, *argv, cwd=None, **env):
+    """ppo.py under torchrun with these flags of its own, as a user starts it."""
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, ROOT / "ppo.py", *argv]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ".", **env}
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=env)
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=env, cwd=cwd)
+
+
+def torchrun(*argv, **env):
+    """ppo.py on two ranks."""
+    return launch(["--nproc-per-node", "2"], *argv, **env)
 
 
 def this_rank():
@@ -51,12 +57,18 @@ def this_rank():
 
 def train(args):
     """Run ppo.train; the weights and statistics that this process ended with, and its number of gradient steps."""
+    save_checkpoint, weights = ppo.save_checkpoint, {}
+
+    def save(run, state):
+        weights.update({name: value.clone() for name, value in state.agent.state_dict().items()})
+        save_checkpoint(run, state)
+
     with (
-        patch.object(ppo, "save_checkpoint", wraps=ppo.save_checkpoint) as save,
-        patch.object(ppo, "adam_step", wraps=ppo.adam_step) as step,
+        patch.object(ppo, "save_checkpoint", save),
+        patch.object(ppo.FlatAdam, "step", autospec=True, side_effect=ppo.FlatAdam.step) as step,
     ):
         ppo.train(args)
-    return {k: v.clone() for k, v in save.call_args.args[3].state_dict().items()}, step.call_count
+    return weights, step.call_count
 
 
 def train_on_shared_worlds(args):
@@ -89,15 +101,19 @@ def test_two_ranks_learn_from_a_rollout_what_one_learns(ranks, settings):
 
 
 def sample_batch(n=40):
-    """A small agent and n rows: observations, actions, old log-probabilities, old values, returns, advantages."""
+    """A small agent and n rows to learn from."""
     torch.manual_seed(1)
-    agent = ppo.Agent([4], [], [2], [64, 64])
-    return agent, (torch.randn(n, 4), torch.randint(2, (n,)), -torch.rand(n), *torch.randn(3, n))
+    agent = ppo.Agent([4], [], [2], hidden_sizes=[64, 64])
+    obs, actions, logprobs = torch.randn(n, 4), torch.randint(2, (n,)), -torch.rand(n)
+    values, returns, advantages = torch.randn(3, n)
+    return agent, ppo.Batch(obs, actions, logprobs, values, advantages, returns)
 
 
-def gradient_of(rows, weight):
+def gradient_of(rows, share):
+    """The gradient and the metrics, the mean over all ranks of each."""
     agent, batch = sample_batch()
-    return ppo.rank_sum(weight * ppo.compute_gradient(agent, [x[rows] for x in batch], ppo.Args()))
+    gradient, metrics = ppo.mean_over_ranks(*ppo.compute_gradient(agent, batch[rows], ppo.Args()), share)
+    return [gradient, *metrics.values()]
 
 
 def gradient_of_unequal_parts():
@@ -121,6 +137,37 @@ def test_advantages_are_standardised_over_all_ranks(ranks):
     torch.testing.assert_close(torch.cat(ranks(standardize_unequal_parts)), ppo.standardize(torch.arange(40.0) ** 2))
 
 
+def shares_in_training(args):
+    """Of each iteration: the rows of this rank that are transitions, and the shares that it counts with."""
+    rows, shares = [], []
+    collect, standardize, mean_over_ranks = ppo.collect, ppo.standardize, ppo.mean_over_ranks
+
+    def collect_and_count(agent, worlds, rollout, generator):
+        collect(agent, worlds, rollout, generator)
+        rows.append(int(rollout.valid.sum()))
+        shares.append(set())
+
+    def standardize_and_note(x, share=1.0):
+        shares[-1].add(float(share))
+        return standardize(x, share)
+
+    def average_and_note(gradient, metrics, share):
+        shares[-1].add(float(share))
+        return mean_over_ranks(gradient, metrics, share)
+
+    with patch.multiple(ppo, collect=collect_and_count, standardize=standardize_and_note,
+                        mean_over_ranks=average_and_note):  # fmt: skip
+        ppo.train(args)
+    return rows, shares
+
+
+def test_in_training_each_rank_counts_with_its_share_of_the_transitions(ranks):
+    (first, *shares), (second, *others) = ranks(shares_in_training, replace(CARTPOLE, run_name="shares"))
+    assert len(first) == CARTPOLE.num_iterations and first != second
+    for mine, theirs, a, b in zip(first, second, *shares, *others, strict=True):
+        assert (a, b) == ({mine / (mine + theirs)}, {theirs / (mine + theirs)})
+
+
 def statistics(*batches):
     stats = ppo.RunningMeanStd((3,))
     for batch in batches:
@@ -129,12 +176,12 @@ def statistics(*batches):
 
 
 def statistics_of_unequal_parts():
-    x = sample_batch(60)[1][0][:, :3]
+    x = sample_batch(60)[1].obs[:, :3]
     return statistics(x[:10], x[20:25]) if this_rank() == 0 else statistics(x[10:20], x[25:])
 
 
 def test_running_statistics_are_those_of_all_ranks(ranks):
-    x = sample_batch(60)[1][0][:, :3]
+    x = sample_batch(60)[1].obs[:, :3]
     for part in ranks(statistics_of_unequal_parts):
         torch.testing.assert_close(part, statistics(x), rtol=1e-9, atol=1e-9)
 
@@ -159,8 +206,8 @@ def test_two_ranks_resume_bit_for_bit(ranks):
     again = ranks(resumed, args)
     for (weights, _), (expected, _) in zip(again, straight):
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    assert all(map(torch.equal, ppo.load_checkpoint(run)["generators"], last["generators"]))
-    assert not torch.equal(*last["generators"])
+    assert all(map(torch.equal, ppo.load_checkpoint(run)["generator"], last["generator"]))
+    assert not torch.equal(*last["generator"])
 
 
 def test_torchrun_leaves_one_run_with_one_log_and_one_score():
@@ -176,6 +223,33 @@ def test_torchrun_leaves_one_run_with_one_log_and_one_score():
     logged = scalars(run)["losses/policy_loss"]
     assert [step for step, _ in logged] == sorted({step for step, _ in logged}) and len(logged) == 4
     assert 2048 - 4 * 100 < logged[-1][0] <= 2048  # the steps of both ranks, less their resets
+
+
+@pytest.mark.slow
+def test_two_nodes_of_one_rank_learn_what_one_node_of_two_ranks_learns():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = [*QUICK, "--run-name", "two", "--norm-obs", "--norm-reward", "--checkpoint-every", "2"]
+    nodes = []
+    for i in range(2):
+        folder = Path(f"node-{i}")  # they share no disk
+        folder.mkdir()
+        where = ["--nnodes", "2", "--node-rank", i, "--master-addr", "127.0.0.1", "--master-port", port]
+        nodes.append((["--nproc-per-node", "1", *map(str, where)], folder))
+    with ThreadPoolExecutor() as pool:
+        starts = [pool.submit(launch, launcher, *flags, cwd=folder) for launcher, folder in nodes]
+        first, second = (start.result() for start in starts)
+    assert first.returncode == 0, first.stderr
+    assert second.returncode == 0, second.stderr
+    assert torchrun(*flags).returncode == 0
+    nodes, node = Path("node-0/runs/two"), Path("runs/two")
+    assert (nodes / "model.safetensors").read_bytes() == (node / "model.safetensors").read_bytes()
+    ours, theirs = ppo.load_checkpoint(nodes), ppo.load_checkpoint(node)
+    assert ours["settings"]["ranks"] == theirs["settings"]["ranks"] == 2
+    assert all(ours["agent"][name].equal(value) for name, value in theirs["agent"].items())
+    assert all(map(torch.equal, ours["generator"], theirs["generator"]))
+    assert first.stdout.count("run: runs/two\n") == 1 and second.stdout == "" and not os.listdir("node-1")
 
 
 def test_environments_that_ranks_cannot_share_are_refused_in_one_line(main, monkeypatch):

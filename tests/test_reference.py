@@ -1,5 +1,6 @@
-"""The evidence: its statistics on known data, and what is committed of it against itself and against the README."""
+"""The evidence: its statistics and pictures on known data, and what is committed of it against itself and the pages."""
 
+import io
 import itertools
 import json
 import re
@@ -8,12 +9,14 @@ import numpy as np
 import pytest
 import reference
 from conftest import ROOT
-
-import ppo
+from imageio_ffmpeg import write_frames
+from matplotlib.image import imread
 
 ROWS = {reference.reference_folder(row): row for row in reference.ROWS}
 COMMITTED = [path for folder in ROWS for path in sorted(folder.glob("seed*.json"))]
-MARKDOWN = reference.REFERENCE / "summary.md"
+FOLDERS = sorted({path.parent for path in COMMITTED})
+SUMMARY = reference.REFERENCE / "summary.json"
+PAGES = {ROOT / "README.md": reference.short_table, reference.REFERENCE / "results.md": reference.long_table}
 
 
 def name(path):
@@ -86,18 +89,23 @@ def test_a_row_by_hand(tmp_path):
     assert (summary["mean"], summary["iqm"], summary["min"]) == pytest.approx((7 / 3, 7 / 3, 1), abs=1e-4)
     assert summary["std"] == pytest.approx(np.sqrt(7 / 3), abs=1e-4)  # n - 1 = 2
     line = "| Some-v0 | 2.5M | 3 of 4 | 2.33 | 1.53 | 2.33 [1.00, 4.00] | 1.00 | 120 s | 1 | 0.5 | a book |"
-    assert line in reference.markdown([summary]).splitlines()
+    assert line in reference.long_table([summary]).splitlines()
+    usual = summary | {"env_id": "CartPole-v1", "steps": 100_000}  # the README shows what a world's preset reaches
+    others = [summary, usual | {"steps": 200_000}, usual | {"seeds": []}]
+    assert reference.short_table([usual, *others]).splitlines()[2:] == [
+        "| CartPole-v1 | 100k | 3 of 4 | 2.33 +/- 1.53 | 0.5 | 120 s |"
+    ]
 
 
 def test_a_row_without_results_says_how_to_get_them(tmp_path):
     pong = next(row for row in reference.ROWS if row.env_id == "ALE/Pong-v5")
-    text = reference.markdown([reference.summarize(pong, tmp_path)])
+    text = reference.long_table([reference.summarize(pong, tmp_path)])
     assert "| ALE/Pong-v5 | 10M | 0 of 3 | not run |" in text
     assert "`python tests/reference.py --envs ALE/Pong-v5`" in text
 
 
 def test_every_row_but_one_has_the_steps_of_the_preset():
-    others = [row.name for row in reference.ROWS if ppo.preset(row.env_id)[1]["total_timesteps"] != row.steps]
+    others = [row.name for row in reference.ROWS if reference.usual_args(row.env_id).total_timesteps != row.steps]
     assert others == ["LunarLander-v3-2M"]
     assert len(ROWS) == len(reference.ROWS)  # each has a folder of its own
 
@@ -112,7 +120,7 @@ def test_committed_seeds_are_full_runs_of_the_preset(path):
     assert results["mean_reward"] == pytest.approx(np.mean(results["episode_returns"]))
 
 
-@pytest.mark.parametrize("folder", sorted({path.parent for path in COMMITTED}), ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_committed_folders_are_of_the_preset_and_whole(folder):
     assert reference.other_settings(ROWS[folder], folder) == []
     steps, curves = reference.read_curves(folder / "curve.csv")
@@ -121,25 +129,92 @@ def test_committed_folders_are_of_the_preset_and_whole(folder):
     assert (folder / "curve.png").exists()
 
 
-@pytest.mark.skipif(not MARKDOWN.exists(), reason="no results are committed")
+@pytest.mark.skipif(not SUMMARY.exists(), reason="no results are committed")
 def test_summary_follows_from_the_committed_files():
     summary = [reference.summarize(row, folder) for folder, row in ROWS.items()]
-    assert json.loads((reference.REFERENCE / "summary.json").read_text()) == json.loads(json.dumps(summary))
-    assert MARKDOWN.read_text() == reference.markdown(summary)
+    assert json.loads(SUMMARY.read_text()) == json.loads(json.dumps(summary))
 
 
-@pytest.mark.skipif(not MARKDOWN.exists(), reason="no results are committed")
-def test_a_run_says_what_the_committed_seeds_of_its_preset_reached():
-    rows = json.loads((reference.REFERENCE / "summary.json").read_text())
-    rows = [row for row in rows if row["seeds"] and row["steps"] == ppo.preset(row["env_id"])[1]["total_timesteps"]]
-    reached = {row["env_id"]: (row["mean"], row["training_seconds"]) for row in rows}
-    assert {env_id: (float(f"{mean:.4g}"), round(time)) for env_id, (mean, time) in reached.items()} == ppo.REACHED
+@pytest.mark.skipif(not SUMMARY.exists(), reason="no results are committed")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_pages_show_the_summary(page):
+    assert reference.BLOCK.search(page.read_text())[0] == PAGES[page](json.loads(SUMMARY.read_text()))
 
 
-@pytest.mark.skipif(not MARKDOWN.exists(), reason="no results are committed")
-def test_the_readme_shows_the_summary():
-    readme = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
-    block = re.search(r"<!-- results -->\n(.*?)<!-- /results -->", readme, re.DOTALL)
-    if not block:
-        pytest.skip("README.md has no results block yet")
-    assert block[1].strip() == MARKDOWN.read_text().strip()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_pages_say_of_how_many_worlds_their_curves_are(page):
+    (number,) = re.findall(r"!\[learning curves of (\d+) environments\]", page.read_text())
+    assert int(number) == len(reference.worlds(json.loads(SUMMARY.read_text()))) == len(FOLDERS) - 1  # 2M
+
+
+def test_each_source_is_explained():
+    page = (reference.REFERENCE / "results.md").read_text()
+    explained = re.findall(r"^\| (\w+) \| [^|]+ \|$", page.partition("| source | what it is |")[2], re.MULTILINE)
+    assert sorted(explained) == sorted({source for row in reference.ROWS for source in row.source.split("; ")})
+
+
+# Pictures
+
+
+def test_published_means_by_hand():
+    assert reference.published_means("500 +/- 0") == [500]
+    assert reference.published_means("-81.8 +/- 5.6; at 1M -73.5 +/- 18.2") == [-81.8, -73.5]
+    assert reference.published_means("3588.5 +/- 756.6 (v3); about 4000; at about 9M 5186") == [3588.5, 4000, 5186]
+
+
+@pytest.mark.parametrize("row", reference.ROWS, ids=lambda row: row.name)
+def test_published_means_stand_in_their_text(row):
+    means = reference.published_means(row.published)
+    assert len(means) == row.published.count(";") + 1
+    assert all(f"{mean:g}" in row.published.replace(".0", "") for mean in means)
+
+
+def test_a_panel_by_hand(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "REFERENCE", tmp_path)
+    (tmp_path / "CartPole-v1").mkdir()
+    curves = {seed: np.array([np.nan, x, 10 * x]) for seed, x in enumerate((-1e6, 1.0, 2.0, 1e6), 1)}
+    reference.write_curves(tmp_path / "CartPole-v1" / "curve.csv", 100_000, curves)
+    row = {"env_id": "CartPole-v1", "steps": 100_000, "seeds": [1, 2, 3, 4], "mean": 7.0, "published": "5; at 9M 8.5"}
+    panel, *rest = reference.small_multiples([row, row | {"seeds": []}, row | {"steps": 200_000}]).axes
+    assert panel.get_title() == "CartPole-v1" and not any(axes.lines for axes in rest)
+    middle, score, published, elsewhere = (([*line.get_xdata()], [*line.get_ydata()]) for line in panel.lines)
+    assert middle == ([66_666, 100_000], [1.5, 15])
+    assert score == ([100_000], [7])
+    assert (published[1], elsewhere[1]) == ([5, 5], [8.5, 8.5])
+    (band,) = panel.collections
+    edges = band.get_paths()[0].vertices
+    for x, factor in ((66_666, 1), (100_000, 10)):
+        low, high = reference.interval(np.array([-1e6, 1.0, 2.0, 1e6]), 2000) * factor
+        assert {low, high} <= set(edges[edges[:, 0] == x, 1])
+
+
+@pytest.mark.skipif(not SUMMARY.exists(), reason="no results are committed")
+def test_the_committed_curves_are_drawn_from_the_committed_files(tmp_path, monkeypatch):
+    """A panel for each folder but that of the longer run, and the very picture that `--curves` draws."""
+    summary = json.loads(SUMMARY.read_text())
+    titles = [axes.get_title() for axes in reference.small_multiples(summary).axes if axes.get_title()]
+    assert sorted(titles) == sorted(folder.name for folder in FOLDERS if folder.name != "LunarLander-v3-2M")
+    monkeypatch.setattr(reference, "write_file", lambda path, data: (tmp_path / path.name).write_bytes(data))
+    assert reference.main(curves=True) == 0
+    drawn, committed = (imread(folder / "curves.png") for folder in (tmp_path, reference.REFERENCE))
+    assert drawn.shape == committed.shape
+    assert np.abs(drawn - committed).max() < 0.1  # rounding may differ between machines
+
+
+def test_frames_are_evenly_spaced_up_to_the_last(tmp_path):
+    """Of films of grey that becomes brighter by 10 with each frame."""
+    for name, length in (("long", 24), ("short", 7)):
+        film = write_frames(str(tmp_path / f"{name}.mp4"), (96, 64), fps=5, macro_block_size=2)
+        film.send(None)
+        for i in range(length):
+            film.send(np.full((64, 96, 3), 10 * i, np.uint8))
+        film.close()
+
+    def shades(*names):
+        picture = imread(io.BytesIO(reference.strip([tmp_path / f"{name}.mp4" for name in names], 6, height=32)))
+        assert picture.shape == (32, 6 * 48 + 5 * 8, 3)
+        assert (picture[:, 48:56] == 1).all()  # the gap is white
+        return [255 * picture[:, x : x + 48].mean() for x in range(0, picture.shape[1], 56)]
+
+    assert shades("long") == pytest.approx([30, 70, 110, 150, 190, 230], abs=4)
+    assert shades("long", "short") == pytest.approx([70, 150, 230, 20, 40, 60], abs=4)

@@ -4,8 +4,10 @@ import contextlib
 import copy
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -16,8 +18,10 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, command, scalars
+from conftest import QUICK, ROOT, command, scalars
+from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from torch.utils.tensorboard import SummaryWriter
 
 import ppo
 
@@ -45,8 +49,27 @@ def results(trained):
     return json.loads((trained.run / "results.json").read_text())
 
 
+@pytest.fixture
+def steps(monkeypatch):
+    """What the environments answered: (obs, rewards, terminated, truncated, info) of each step, as it happens."""
+    record, ask = [], ppo.ask
+
+    def spy(*args, **kwargs):
+        answer = ask(*args, **kwargs)
+        if len(answer) == 5:  # a reset answers with two
+            record.append(copy.deepcopy(answer))
+        return answer
+
+    monkeypatch.setattr(ppo, "ask", spy)
+    return record
+
+
 def load(run):
     return ppo.Agent.from_pretrained(run, strict=True)
+
+
+def value(agent, obs):
+    return agent.replay(SimpleNamespace(obs=obs, actions=agent.act(obs)))[2]
 
 
 def contents(folder):
@@ -60,7 +83,7 @@ def test_the_folder_holds_all_that_a_run_leaves(trained):
     names = {re.sub(r"(tfevents|checkpoint-).*", r"\1", path.name) for path in trained.run.iterdir()}
     assert names == {
         "events.out.tfevents", "hyperparameters.json", "config.json", "model.safetensors", "results.json", "README.md",
-        "checkpoint-", "ppo.py", "requirements.txt",
+        "checkpoint-", "ppo.py", "requirements.txt", "curve.png",
     }  # fmt: skip
 
 
@@ -71,16 +94,7 @@ def test_its_path_is_printed_first_and_last(trained):
 
 
 def test_the_preset_taken_is_printed(trained):
-    assert "preset: CartPole-v1" in trained.out.splitlines()[0]
-
-
-@pytest.mark.parametrize("flags, told", [(["--seed", 4], True), (["--gamma", 0.9], False)])
-def test_what_the_preset_scores_is_told_where_it_was_not_changed(flags, told, main, monkeypatch):
-    settings = dict(total_timesteps=64, num_envs=2, num_steps=32, validation_episodes=0, eval_episodes=1)
-    monkeypatch.setitem(ppo.PRESETS, "CartPole-v1", settings)
-    code, out, _ = main(*flags)
-    assert code == 0
-    assert ("(scores 500 in " in out.splitlines()[0]) == told
+    assert trained.out.splitlines()[0] == "run: runs/trained   preset: CartPole-v1   device: cpu"
 
 
 def test_its_default_name_tells_what_it_is(main):
@@ -115,9 +129,9 @@ def test_the_score_is_printed_to_two_decimals(trained, results):
 
 def test_training_seconds_are_those_of_all_iterations_without_evaluation(main, monkeypatch):
     """On a clock that goes on by a second with each vector step and by 1000 with each evaluation."""
-    late, evaluate, step, clock = [], ppo.evaluate, ppo.step_envs, ppo.time.perf_counter
+    late, evaluate, step, clock = [], ppo.evaluate, ppo.Worlds.step, ppo.time.perf_counter
     monkeypatch.setattr(ppo, "evaluate", lambda *args, **kwargs: late.append(1000) or evaluate(*args, **kwargs))
-    monkeypatch.setattr(ppo, "step_envs", lambda *args: late.append(1) or step(*args))
+    monkeypatch.setattr(ppo.Worlds, "step", lambda *args: late.append(1) or step(*args))
     monkeypatch.setattr(ppo.time, "perf_counter", lambda: clock() + sum(late))
     assert main(*FLAGS)[0] == 0
     assert sum(late) >= 3000  # validation, the score, the score of the sampled policy
@@ -167,6 +181,54 @@ def test_logs_fill_the_hparams_tab(trained):
     assert hparams["learning_rate"].number_value == 2e-3 and hparams["env_id"].string_value == "CartPole-v1"
 
 
+# The learning curve
+
+
+def drawn(path):
+    """Which pixels of a PNG have a colour, as the line alone has; text and axes are black on white."""
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = imread(path)[..., :3]
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 2  # not blank
+    return np.ptp(pixels, axis=-1) > 0.2
+
+
+def test_a_run_leaves_its_learning_curve_and_the_card_shows_it(trained):
+    line = drawn(trained.run / "curve.png")
+    assert line.any(0).mean() > 0.5  # as long as half the picture's width
+    assert "\n![learning curve](curve.png)\n" in (trained.run / "README.md").read_text()
+
+
+def draw(run, episodes):
+    """The curve of a run whose logs hold these (step, return)."""
+    with SummaryWriter(run) as writer:
+        for step, episodic_return in episodes:
+            writer.add_scalar("charts/episodic_return", episodic_return, step)
+            writer.add_scalar("charts/episodic_length", 1000 - step, step)
+    ppo.draw_curve(ppo.Args(), run)
+    return drawn(run / "curve.png")
+
+
+@pytest.mark.parametrize("episodes", [50, 3000])
+def test_the_curve_goes_where_the_returns_went(episodes, tmp_path):
+    x = np.linspace(0, 1, episodes)
+    line = draw(tmp_path, zip((10_000 * x).astype(int), 500 * np.sin(5 * x)))
+    columns = np.flatnonzero(line.any(0))
+    height = [-np.flatnonzero(line[:, column]).mean() for column in columns]
+    assert np.corrcoef(height, np.sin(5 * np.linspace(0, 1, len(columns))))[0, 1] > 0.99
+
+
+def test_the_curve_of_a_run_without_episodes_has_no_line(tmp_path):
+    assert not draw(tmp_path, []).any()
+
+
+def test_the_curve_needs_no_backend_such_as_notebooks_name(tmp_path):
+    code = "import ppo, pathlib; ppo.draw_curve(ppo.Args(), pathlib.Path())"
+    other = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "module://no_such_package.backend_inline"}
+    done = subprocess.run([sys.executable, "-B", "-c", code], env=other, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not drawn(tmp_path / "curve.png").any()
+
+
 # The console
 
 
@@ -187,7 +249,7 @@ def test_a_progress_bar_on_a_terminal_shows_steps_return_speed_and_time_left():
 
 
 def test_the_saved_agent_is_the_trained_one(trained):
-    best = ppo.load_checkpoint(trained.run)["best"]["agent"]
+    best = ppo.load_checkpoint(trained.run)["best_agent"]
     saved = load(trained.run).state_dict()
     assert set(saved) == set(best)
     assert all(torch.equal(saved[name], best[name]) for name in best)
@@ -198,17 +260,19 @@ def test_the_saved_agent_is_built_with_the_runs_settings(trained):
     agent, obs = load(trained.run), torch.randn(5, 4)
     same = ppo.Agent([4], [], [2], hidden_sizes=(64, 64), norm_obs=True)
     same.load_state_dict(agent.state_dict())
-    assert agent.norm_obs
-    assert torch.equal(agent.get_value(obs), same.get_value(obs))
+    assert agent.network.norm_obs
+    assert torch.equal(value(agent, obs), value(same, obs))
     assert torch.equal(agent.act(obs), same.act(obs))
 
 
 def test_the_saved_agent_takes_any_batch_of_observations(trained):
     agent, obs = load(trained.run), torch.randn(2, 3, 4)
     for batch in (obs, obs[0], obs[0, 0]):
-        action, logprob, entropy, value = agent.get_action_and_value(batch)
-        shapes = {x.shape for x in (agent.act(batch), agent.get_value(batch), action, logprob, entropy, value)}
-        assert shapes == {batch.shape[:-1]}
+        noise = agent.sample_noise(*batch.shape[:-1])
+        assert agent.act(batch).shape == agent.act(batch, noise).shape == batch.shape[:-1]
+    for batch in (obs, obs[0]):
+        replayed = agent.replay(SimpleNamespace(obs=batch, actions=agent.act(batch)))
+        assert [x.shape for x in replayed] == 3 * [batch.shape[:-1]]
 
 
 def test_the_normaliser_is_saved_with_the_agent(trained):
@@ -216,7 +280,7 @@ def test_the_normaliser_is_saved_with_the_agent(trained):
     blank = copy.deepcopy(agent)
     blank.obs_stats = ppo.RunningMeanStd((4,))
     assert (agent.obs_stats.count > 1000).all() and (agent.obs_stats.var != 1).all()
-    assert not torch.allclose(agent.get_value(obs), blank.get_value(obs))
+    assert not torch.allclose(value(agent, obs), value(blank, obs))
 
 
 def test_the_normaliser_is_frozen_in_evaluation(trained):
@@ -254,12 +318,10 @@ def test_evaluate_takes_more_episodes_and_another_seed(trained, main):
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "native", "envpool"])
-def test_evaluation_scores_the_first_episode_of_each_environment(vectorization, monkeypatch):
-    record, step_envs = [], ppo.step_envs
-    monkeypatch.setattr(ppo, "step_envs", lambda *args: record.append(copy.deepcopy(step_envs(*args))) or record[-1])
+def test_evaluation_scores_the_first_episode_of_each_environment(vectorization, steps):
     args, untrained = ppo.Args(vectorization=vectorization), ppo.Agent([4], [], [2], hidden_sizes=[8])
     returns, lengths = ppo.evaluate(untrained, args, episodes=10, deterministic=False)
-    over = np.array([terminated | truncated for _, _, terminated, truncated, _ in record])
+    over = np.array([terminated | truncated for _, _, terminated, truncated, _ in steps])
     first = over.argmax(0) + 1
     assert over.any(0).all() and (over.sum(0) > 1).any()  # some went on to a second
     assert lengths.tolist() == returns.tolist() == first.tolist()
@@ -335,9 +397,7 @@ def test_capture_video_leaves_one_that_plays_in_browsers(env_id, flags, main):
     assert_plays_in_browsers(Path("runs/filmed/replay.mp4"))
 
 
-def test_the_video_shows_each_step_of_an_episode_at_the_environments_pace(trained, tmp_path, monkeypatch):
-    steps, step_envs = [], ppo.step_envs
-    monkeypatch.setattr(ppo, "step_envs", lambda *args: steps.append(step_envs(*args)) or steps[-1])
+def test_the_video_shows_each_step_of_an_episode_at_the_environments_pace(trained, tmp_path, steps):
     ppo.record_video(load(trained.run), trained.args, tmp_path / "replay.mp4")
     meta, frames = assert_plays_in_browsers(tmp_path / "replay.mp4")
     assert frames == len(steps) + 1

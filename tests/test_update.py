@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+from dataclasses import replace
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -97,36 +99,70 @@ def test_weights_start_orthogonal_with_the_gain_of_their_layer_and_biases_at_zer
 
 
 def minibatch(agent, n=32):
-    """Arguments of ppo_loss: random rows, with the log-probabilities and values of the agent itself."""
+    """Random rows, with the log-probabilities and values of the agent itself."""
     obs = torch.randn(n, 4)
     with torch.no_grad():
-        actions, logprobs, _, values = agent.get_action_and_value(obs)
-    return agent, obs, actions, logprobs, values, torch.randn(n), torch.randn(n)
+        actions = agent.act(obs, agent.sample_noise(n))
+        logprobs, _, values = agent.replay(SimpleNamespace(obs=obs, actions=actions))
+    return ppo.Batch(obs, actions, logprobs, values, advantages=torch.randn(n), returns=torch.randn(n))
+
+
+def gradients(agent, batch, **kwargs):
+    """{name of a parameter: its part of the gradient}; and the metrics."""
+    gradient, metrics = ppo.compute_gradient(agent, batch, quick(**kwargs))
+    parts = gradient.split([p.numel() for p in agent.parameters()])
+    return dict(zip((name for name, _ in agent.named_parameters()), parts)), metrics
 
 
 @pytest.mark.parametrize("nvec", [[3], None], ids=["discrete", "continuous"])
 def test_the_value_loss_alone_leaves_the_gradient_of_the_actor_zero(nvec):
-    agent = ppo.Agent([4], [1], nvec, [8])
-    *rest, advantages = minibatch(agent)
-    ppo.ppo_loss(*rest, 0 * advantages, quick(ent_coef=0.0))[0].backward()
-    actor = [p for name, p in agent.named_parameters() if not name.startswith("critic")]
-    assert not any(p.grad.any() for p in actor)
-    assert all(p.grad.any() for p in agent.critic.parameters())
+    agent = ppo.Agent([4], [1], nvec, hidden_sizes=[8])
+    batch = minibatch(agent)
+    found, _ = gradients(agent, replace(batch, advantages=0 * batch.advantages), ent_coef=0.0)
+    assert not any(g.any() for name, g in found.items() if not name.startswith("critic"))
+    assert all(g.any() for name, g in found.items() if name.startswith("critic"))
 
 
 @pytest.mark.parametrize("nvec", [[3], None], ids=["discrete", "continuous"])
 def test_the_policy_loss_alone_leaves_the_gradient_of_the_critic_zero(nvec):
-    agent = ppo.Agent([4], [1], nvec, [8])
-    ppo.ppo_loss(*minibatch(agent), quick(vf_coef=0.0))[0].backward()
-    assert all(p.grad.any() for p in agent.actor.parameters())
-    assert not any(p.grad.any() for p in agent.critic.parameters())
+    agent = ppo.Agent([4], [1], nvec, hidden_sizes=[8])
+    found, _ = gradients(agent, minibatch(agent), vf_coef=0.0)
+    assert all(g.any() for name, g in found.items() if name.startswith("actor"))
+    assert not any(g.any() for name, g in found.items() if name.startswith("critic"))
 
 
 def test_the_entropy_bonus_raises_the_entropy():
-    agent = ppo.Agent([4], [1], None, [8])
-    *rest, advantages = minibatch(agent)
-    ppo.ppo_loss(*rest, 0 * advantages, quick(ent_coef=0.1, vf_coef=0.0))[0].backward()
-    assert agent.logstd.grad.item() == pytest.approx(-0.1)  # dH/dlogstd = 1, and the optimiser descends
+    agent = ppo.Agent([4], [1], None, hidden_sizes=[8])
+    batch = minibatch(agent)
+    found, _ = gradients(agent, replace(batch, advantages=0 * batch.advantages), ent_coef=0.1, vf_coef=0.0)
+    assert found["logstd"].item() == pytest.approx(-0.1)  # dH/dlogstd = 1, and the optimiser descends
+
+
+@pytest.mark.parametrize("nvec", [[3], None], ids=["discrete", "continuous"])
+def test_the_metrics_are_the_parts_of_the_objective_and_what_is_known_of_the_divergence(nvec):
+    agent = ppo.Agent([4], [1], nvec, hidden_sizes=[8])
+    batch = minibatch(agent)
+    moved = replace(batch, logprobs=batch.logprobs - 0.5 * torch.randn(32), values=batch.values + torch.randn(32))
+    _, entropies, _ = agent.replay(moved)
+    _, metrics = gradients(agent, moved, clip_coef=0.3)
+    logratio = (batch.logprobs - moved.logprobs).double()
+    ratio = logratio.exp()
+    surrogate = torch.minimum(ratio * moved.advantages, ratio.clip(0.7, 1.3) * moved.advantages)
+    clipped = moved.values + (batch.values - moved.values).clip(-0.3, 0.3)
+    errors = torch.maximum((batch.values - moved.returns) ** 2, (clipped - moved.returns) ** 2)
+    expected = {
+        "policy_loss": -surrogate.mean(),
+        "value_loss": errors.mean() / 2,
+        "entropy": entropies.mean(),
+        "old_approx_kl": -logratio.mean(),
+        "approx_kl": (ratio - 1 - logratio).mean(),
+        "clipfrac": ((ratio < 0.7) | (ratio > 1.3)).double().mean(),
+    }
+    assert list(metrics) == list(expected)
+    assert 0 < metrics["clipfrac"] < 1
+    for name, value in metrics.items():
+        assert not value.requires_grad
+        assert value.item() == pytest.approx(expected[name].item(), abs=1e-5)
 
 
 # The whole update
@@ -182,16 +218,25 @@ def reference_update(weights, obs, actions, rewards, terminated, done, rows, arg
     return weights
 
 
+def row_numbers(batch, valid, share, args, generator):
+    """Of an epoch that `minibatches` is given: [num_minibatches, M], counted time by time."""
+    numbered = replace(batch, obs=torch.arange(valid.size).view(valid.shape))
+    return torch.stack([part.obs for part in ppo.minibatches(numbered, valid, share, args, generator)])
+
+
 @pytest.mark.parametrize("continuous, max_grad_norm", [(False, 20.0), (True, 1.0)], ids=["discrete", "continuous"])
 def test_a_whole_update_equals_a_float64_reference(monkeypatch, continuous, max_grad_norm):
-    names = ("logprobs_and_values", "compute_gae", "minibatches")
-    scored, estimated, ordered = (record(monkeypatch, name) for name in names)
+    estimated, ordered = (record(monkeypatch, name) for name in ("estimate", "minibatches"))
     args = quick(env_kwargs={"continuous": continuous}, clip_coef=0.1, ent_coef=0.05, max_grad_norm=max_grad_norm)
     trained = ppo.load_agent(ppo.train(args), args).state_dict()
+    monkeypatch.undo()
 
-    [((agent, obs, actions), _)], [((rewards, _, terminated, done, *_), _)], [(_, rows)] = scored, estimated, ordered
+    [((agent, rollout, _), _)] = estimated
+    rows = torch.stack([row_numbers(*call) for call, _ in ordered])
+    assert rows.shape == (3, 2, B // 2)
     weights = {name: w.clone() for name, w in agent.state_dict().items()}
-    expected = reference_update(weights, obs, actions, rewards, terminated, done, rows, args)
+    numbers = map(torch.tensor, (rollout.rewards, rollout.terminated, rollout.done))
+    expected = reference_update(weights, rollout.obs, rollout.actions, *numbers, rows, args)
     for name, value in expected.items():
         assert (value - weights[name]).abs().max() > 1e-3
         torch.testing.assert_close(trained[name].double(), value.detach(), rtol=0, atol=2e-5)
@@ -212,35 +257,35 @@ def test_the_first_minibatch_has_ratio_one_and_no_divergence(kwargs):
 # The schedule
 
 
-def epoch_divergences(losses, args):
+def epoch_divergences(steps, args):
     """The mean approximate KL of each epoch that was run, of one iteration."""
-    kl = torch.stack([metrics[ppo.METRICS.index("approx_kl")] for _, (_, metrics) in losses])
+    kl = torch.stack([metrics["approx_kl"] for _, (_, metrics) in steps])
     return kl.view(-1, args.num_minibatches).mean(1).tolist()
 
 
 def test_epochs_stop_after_the_first_whose_divergence_exceeds_the_target(monkeypatch):
     args = quick(update_epochs=10)
-    losses = record(monkeypatch, "ppo_loss")
+    steps = record(monkeypatch, "compute_gradient")
     ppo.train(args)
-    kl = epoch_divergences(losses, args)
+    kl = epoch_divergences(steps, args)
     assert len(kl) == 10 and 1.001 * max(kl[:3]) < kl[3]
 
-    losses.clear()
+    steps.clear()
     args = quick(update_epochs=10, target_kl=1.001 * max(kl[:3]), run_name="stopped")
     ppo.train(args)
-    assert epoch_divergences(losses, args) == kl[:4]
+    assert epoch_divergences(steps, args) == kl[:4]
 
 
 def test_epochs_run_to_the_end_below_the_target(monkeypatch):
-    losses = record(monkeypatch, "ppo_loss")
+    steps = record(monkeypatch, "compute_gradient")
     ppo.train(quick(iterations=3, target_kl=1e6))
-    assert len(losses) == 3 * 3 * 2
+    assert len(steps) == 3 * 3 * 2
 
 
 @pytest.mark.parametrize("anneal_lr, expected", [(True, [4e-3, 3e-3, 2e-3, 1e-3]), (False, [4e-3] * 4)])
 def test_the_learning_rate_is_annealed_linearly_to_zero_and_logged(monkeypatch, anneal_lr, expected):
-    used, step = [], ppo.adam_step
-    monkeypatch.setattr(ppo, "adam_step", lambda *args: (used.append(args[-1]), step(*args)))
+    used, step = [], ppo.FlatAdam.step
+    monkeypatch.setattr(ppo.FlatAdam, "step", lambda *args: (used.append(args[-1]), step(*args)))
     run = ppo.train(quick(iterations=4, learning_rate=4e-3, anneal_lr=anneal_lr))
     assert used == pytest.approx(np.repeat(expected, 3 * 2))  # epochs x minibatches
     assert [value for _, value in scalars(run)["charts/learning_rate"]] == pytest.approx(expected)
@@ -250,10 +295,12 @@ def test_the_learning_rate_is_annealed_linearly_to_zero_and_logged(monkeypatch, 
 
 
 def test_logged_losses_are_means_over_all_minibatches_of_the_iteration(monkeypatch):
-    losses = record(monkeypatch, "ppo_loss")
+    steps = record(monkeypatch, "compute_gradient")
     logs = scalars(ppo.train(quick(iterations=3)))
-    means = torch.stack([metrics for _, (_, metrics) in losses]).view(3, 3 * 2, -1).mean(1)
-    for name, expected in zip(ppo.METRICS, means.unbind(1)):
+    names = list(steps[0][1][1])
+    assert len(names) == 6
+    means = torch.stack([torch.stack(list(metrics.values())) for _, (_, metrics) in steps]).view(3, 3 * 2, 6).mean(1)
+    for name, expected in zip(names, means.unbind(1)):
         assert [value for _, value in logs[f"losses/{name}"]] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
@@ -261,26 +308,38 @@ def test_logged_losses_are_means_over_all_minibatches_of_the_iteration(monkeypat
 
 
 def test_statistics_stand_still_while_an_iteration_collects_and_learns(monkeypatch):
-    events, act, ppo_loss = [], ppo.Agent.act, ppo.ppo_loss
+    events = []
 
-    def note(event, agent):
-        stats = (agent.obs_stats, agent.return_stats)
-        events.append((event, [x for s in stats for x in torch.stack([s.count, s.mean, s.var]).flatten().tolist()]))
+    def watch(owner, name, event):
+        function = getattr(owner, name)
 
-    monkeypatch.setattr(ppo.Agent, "act", lambda agent, *args: (note("act", agent), act(agent, *args))[1])
-    monkeypatch.setattr(ppo, "ppo_loss", lambda agent, *args: (note("learn", agent), ppo_loss(agent, *args))[1])
+        def spy(agent, *args):
+            stats = (agent.obs_stats, agent.return_stats)
+            seen = [x for s in stats for x in torch.stack([s.count, s.mean, s.var]).flatten().tolist()]
+            events.append((event, seen))
+            return function(agent, *args)
+
+        monkeypatch.setattr(owner, name, spy)
+
+    watch(ppo.Agent, "act", "act")
+    watch(ppo, "estimate", "estimate")
+    watch(ppo, "compute_gradient", "learn")
     ppo.train(quick(iterations=4, norm_obs=True, norm_reward=True))
     stretches = [[event for event, _ in group] for _, group in itertools.groupby(events, key=lambda e: e[1])]
-    whole = ["act"] * 16 + ["learn"] * 3 * 2
-    assert stretches == [["act"] * 16, whole, whole, whole]  # the first rollout only fills the statistics
+    collected = ["act"] * 16 + ["estimate"]
+    whole = collected + ["learn"] * 3 * 2
+    assert stretches == [collected, whole, whole, whole]  # the first rollout only fills the statistics
 
 
 def test_statistics_see_each_transition_once_and_no_reset_row(monkeypatch):
-    scored, ordered = record(monkeypatch, "logprobs_and_values"), record(monkeypatch, "minibatches")
+    estimated = record(monkeypatch, "estimate")
     args = quick(iterations=4, norm_obs=True, norm_reward=True)
     agent = ppo.load_agent(ppo.train(args), args)
-    rows = torch.cat([obs[:-1][valid] for ((_, obs, _), _), ((valid, *_), _) in zip(scored, ordered)]).double()
-    assert len(rows) < 4 * B
+    rollouts = [rollout for (_, rollout, _), _ in estimated]
+    valid, done = (np.concatenate([getattr(rollout, name) for rollout in rollouts]) for name in ("valid", "done"))
+    assert valid[0].all() and (valid[1:] == ~done[:-1]).all()  # a reset row, and no other, follows each end
+    rows = torch.cat([rollout.obs[:-1][rollout.valid] for rollout in rollouts]).double()
+    assert 0 < len(rows) < 4 * B
     assert agent.return_stats.count == len(rows)
     torch.testing.assert_close(agent.obs_stats.mean, rows.mean(0))
     torch.testing.assert_close(agent.obs_stats.var, rows.var(0, correction=0))

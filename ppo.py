@@ -481,19 +481,15 @@ def estimate(agent: Agent, rollout: Rollout, args: Args) -> Batch:
     columns = zip(*(agent.replay(part) for part in parts))
     logprobs, _, values = (torch.cat(column, 1) for column in columns)  # [T, N], values [T+1, N]
 
-    rewards = rollout.rewards
+    scaled = rollout.rewards
     if args.clip_reward:  # [Atari 6]
-        rewards = np.sign(rewards)
+        scaled = np.sign(scaled)
     if args.norm_reward:  # [continuous 8, 9]
-        rewards = (rewards / agent.return_stats.std.item()).clip(-10, 10)
-    advantages = compute_gae(
-        to_torch(rewards.astype(np.float32), device),
-        values,
-        to_torch(rollout.terminated, device),
-        to_torch(rollout.done | rollout.terminated, device),  # a life may end and the episode go on
-        args.gamma,
-        args.gae_lambda,
-    )
+        scaled = (scaled / agent.return_stats.std.item()).clip(-10, 10)
+    rewards = to_torch(scaled.astype(np.float32), device)
+    terminated, done = to_torch(rollout.terminated, device), to_torch(rollout.done, device)
+    cut = done | terminated  # a life may end and the episode go on
+    advantages = compute_gae(rewards, values, terminated, cut, args.gamma, args.gae_lambda)
     returns = advantages + values[:T]  # what the critic learns
     return Batch(rollout.obs[:T], rollout.actions, logprobs, values[:T], advantages, returns)
 
@@ -699,8 +695,7 @@ class Worlds:
         self.obs, rewards, terminated, truncated, info = answer
         done = terminated | truncated
         if self.lives is not None:  # [Atari 3]
-            lost = info["lives"] < self.lives
-            terminated = terminated | (lost & ~self.resetting)
+            terminated = terminated | (info["lives"] < self.lives)
             self.lives = info["lives"].copy()
         self.resetting = done
         self.t += 1
@@ -923,7 +918,8 @@ def compile_gradient(agent: Agent, args: Args) -> Callable:
     compiled = torch.compile(compute_gradient, fullgraph=True, dynamic=False, mode=mode)
     M, started = args.batch_size // rank_count() // args.num_minibatches, time.perf_counter()
     rows = empty_rollout(agent, 1, M)
-    compiled(agent, Batch(rows.obs[0], rows.actions[0], *torch.zeros(4, M, device=agent.device)), args)
+    logprobs, _, values = (x[0].detach() for x in agent.replay(rows))  # in the shapes that they have
+    compiled(agent, Batch(rows.obs[0], rows.actions[0], logprobs, values, torch.zeros_like(logprobs), values), args)
     if rank() == 0:
         print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
     return compiled
@@ -1247,7 +1243,10 @@ def publish(run: Path, state: State) -> Path:
     """Save the best agent as the Hub has it: config.json and model.safetensors."""
     if rank() == 0:
         state.agent.load_state_dict(state.best_agent, assign=True)  # tensors of its own, not views of theta
-        state.agent.save_pretrained(run)
+        try:
+            state.agent.save_pretrained(run)
+        except safetensors.SafetensorError as error:  # a full disk, and no OSError
+            raise Stop(f"cannot write the agent in {run}: {first_line(error)}", code=1) from None
     return run
 
 
@@ -1286,6 +1285,7 @@ def finish(args: Args, run: Path) -> None:
 
 def draw_curve(args: Args, run: Path, curve: list[tuple[int, float]]) -> None:
     """curve.png: the mean returns of training episodes, in a hundred points or fewer."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook names its own here, for all it starts
     from matplotlib.figure import Figure
 
     parts = np.array_split(np.reshape(curve, (-1, 2)), min(len(curve), 100) or 1)
@@ -1476,6 +1476,7 @@ def model_card(args: Args, run: Path, source: str, r: dict[str, Any]) -> str:
     start = "pip install -r requirements.txt\npython" if "requirements.txt" in code else "uv run"
     named = f" --env-id {args.env_id}" if ":" in args.env_id else ""  # or it is not trusted
     video = "`replay.mp4` shows one greedy episode." if (run / "replay.mp4").exists() else ""
+    curve = "![learning curve](curve.png)" if (run / "curve.png").exists() else ""  # not in a first-edition run
     settings = ", ".join(f"{name} {value}" for name, value in r["settings"].items())
     rows = "\n".join(f"| `{flag(k)}` | {v} |" for k, v in asdict(args).items() if k not in (*FREE, *MODES))
     return f"""---
@@ -1503,7 +1504,7 @@ script, which is in this repo. {video}
 Each episode is the first of a fresh environment; their seeds follow from seed {args.seed} and are used nowhere else.
 The agent is that of the {r["published"]} checkpoint. Mean episode return as it learned, in {r["global_step"]:,} steps:
 
-![learning curve](curve.png)
+{curve}
 
 ## Play it
 
@@ -1547,7 +1548,7 @@ class Stop(Exception):
 
 
 def check_finite(gradient: Tensor, metrics: dict[str, Tensor], iteration: int) -> None:
-    total = gradient.sum() + metrics["policy_loss"] + metrics["value_loss"]  # costs a synchronisation, and saves a run
+    total = gradient.norm() + metrics["policy_loss"] + metrics["value_loss"]  # costs a synchronisation, and saves a run
     if not total.isfinite():
         raise Stop(f"loss or gradient not finite in iteration {iteration}: lower --learning-rate", code=1)
 
@@ -1642,7 +1643,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 
-SCRIPT = "ppo.py"  # a fork's file puts its own name here: it is what printed commands start
+SCRIPT = Path(__file__).name  # what printed commands start; a script that imports this one puts its own name here
 MODES = ("evaluate", "resume", "push")  # flags that name a run instead of starting one
 # May differ where a run is resumed or pushed:
 FREE = ("device", "track", "wandb_project_name", "wandb_entity", "repo_id", "private", "capture_video")
@@ -1707,7 +1708,8 @@ def on_signal(signum: int, frame) -> None:
     """The first Ctrl-C or SIGTERM stops cleanly, the second at once. A worker's parent decides for it."""
     if multiprocessing.parent_process():
         return None if signum == signal.SIGINT else os._exit(0)
-    if any(f.f_code.co_name == "__del__" for f, _ in traceback.walk_stack(frame)):  # what is raised there is lost
+    lost = ("__del__", "_launch")  # what is raised in a destructor, or while a worker is forked
+    if any(f.f_code.co_name in lost for f, _ in traceback.walk_stack(frame)):
         return threading.Timer(0.01, os.kill, [os.getpid(), signum]).start()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)

@@ -138,6 +138,13 @@ def test_env_kwargs_come_as_pairs_and_win_over_the_preset(env_id):
     assert {k: args.env_kwargs[k] for k in "abcd"} == {"a": False, "b": 0.5, "c": 3, "d": "word"}
 
 
+@pytest.mark.parametrize("given", [{"a": 1}, {"repeat_action_probability": 0.25}])
+def test_env_kwargs_are_added_to_those_of_the_preset_or_replace_them(given):
+    pairs = [str(x) for pair in given.items() for x in pair]
+    args = ppo.parse_args(["--env-id", "ALE/Pong-v5", "--env-kwargs", *pairs])
+    assert args.env_kwargs == {"repeat_action_probability": 0.0} | given
+
+
 def test_derived_sizes_are_no_flags(main):
     assert ppo.Args(num_envs=3, num_steps=4, num_minibatches=2, total_timesteps=100).batch_size == 12
     assert ppo.Args(num_envs=3, num_steps=4, num_minibatches=2, total_timesteps=100).num_iterations == 8
@@ -220,6 +227,13 @@ def test_minibatches_that_do_not_divide_the_batch_are_told_the_divisors_near(ref
     message = refused("--num-envs", 6, "--num-steps", 20, "--total-timesteps", 1000, "--num-minibatches", 7)
     assert "--num-minibatches 7" in message and "120" in message
     assert re.search(r"5, 6, 8(, 10)?\b", message)
+
+
+def test_a_single_row_is_not_standardised(refused):
+    message = refused("--num-envs", 2, "--num-steps", 16, "--num-minibatches", 32)
+    assert "--norm-adv" in message and "--num-minibatches" in message
+    for given in ({"num_minibatches": 32, "norm_adv": False}, {"num_minibatches": 16}):
+        assert ppo.Args(num_envs=2, num_steps=16, **given).num_minibatches == given["num_minibatches"]
 
 
 def test_too_few_steps_are_told_both_numbers(refused):

@@ -17,7 +17,8 @@ import ppo
 VECTORIZATIONS = ["sync", "async", "native", "envpool"]
 SHORT = {"total_timesteps": 384, "num_envs": 2, "num_steps": 64, "num_minibatches": 2, "update_epochs": 2,
          "validation_episodes": 0}  # fmt: skip
-AT_ONCE = ["--num-envs", "2", "--num-steps", "8", "--total-timesteps", "16", "--eval-episodes", "1"]
+AT_ONCE = ["--num-envs", "2", "--num-steps", "8", "--total-timesteps", "16", "--num-minibatches", "2",
+           "--eval-episodes", "1"]  # fmt: skip
 
 
 def train(env_id="CartPole-v1", **settings):

@@ -191,7 +191,8 @@ def test_a_signal_in_a_destructor_is_not_lost():
 def test_a_signal_while_a_worker_is_forked_is_not_lost():
     armed = [signal.SIGINT]
     os.register_at_fork(after_in_parent=lambda: armed and signal.raise_signal(armed.pop()))
-    worker, before = multiprocessing.get_context("fork").Process(target=int), signal.signal(signal.SIGINT, ppo.on_signal)
+    worker = multiprocessing.get_context("fork").Process(target=int)
+    before = signal.signal(signal.SIGINT, ppo.on_signal)
     try:
         with pytest.raises(KeyboardInterrupt):
             worker.start()

@@ -1,7 +1,8 @@
 """What the first edition of ppo.py (commit 9ed0971) left still plays, and still loads: its own folders, in fixtures/.
 
 `vector` is a CartPole agent with its observations standardised, `dict` one of a Dict and a Box (a Gaussian policy), and
-`image` the Nature CNN with a MultiDiscrete action. acts.safetensors holds what each did at 32 observations."""
+`image` the Nature CNN with a MultiDiscrete action. acts.safetensors holds what each did at 32 observations.
+"""
 
 import json
 import os

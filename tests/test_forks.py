@@ -23,7 +23,7 @@ from torch.distributions import Categorical, Independent, Normal, TanhTransform,
 
 import ppo
 
-FORKS = ROOT / "tests" / "forks"
+FORKS, README = ROOT / "tests" / "forks", (ROOT / "README.md").read_text()
 LIMITS = {"layernorm": (3, 10), "squashed": (3, 25), "distillation": (4, 45), "kl_penalty": (3, 15)}  # places, lines
 RUN = Path("runs", "it")
 
@@ -31,7 +31,7 @@ CARTPOLE = "--total-timesteps 30720 --checkpoint-every 5"  # 15 iterations
 AIM = "--env-id aim:Aim-v0 --total-timesteps 24576 --num-envs 16 --num-steps 64 --learning-rate 3e-3 " \
       "--ent-coef 0.001 --gamma 0.5 --no-clip-vloss --checkpoint-every 6"  # 24 iterations  # fmt: skip
 FLAGS = dict.fromkeys(LIMITS, CARTPOLE) | {"squashed": AIM, "kl_penalty": CARTPOLE + " --target-kl 0.001"}
-BARS = dict.fromkeys(LIMITS, 100) | {"squashed": -0.5}  # an untrained agent: CartPole 9, Aim -7
+BARS = dict.fromkeys(LIMITS, (40, 150)) | {"squashed": (-2, -0.2)}  # a random policy is below, a trained one above
 BRIEF = "--validation-episodes 0 --eval-episodes 10 --run-name it"  # the last agent is published
 
 AIM_PY = """
@@ -141,15 +141,23 @@ def only(*names):
 # Each of them
 
 
+def size(folder):
+    """Places, which are hunks without context, and changed lines."""
+    diff = git("diff", "--no-index", "--no-ext-diff", "--no-color", "-U0", ROOT / "ppo.py", "ppo.py", folder=folder)
+    marks = [line[0] for line in diff.splitlines() if not line.startswith(("diff ", "index ", "---", "+++"))]
+    return marks.count("@"), marks.count("+") + marks.count("-")
+
+
 def test_a_fork_is_a_small_diff(name, folder):
-    diff = git("diff", "--no-index", "-U0", "--no-color", ROOT / "ppo.py", "ppo.py", folder=folder).splitlines()[4:]
-    places = sum(line.startswith("@@") for line in diff)
-    assert (places, len(diff) - places) <= LIMITS[name]
-    assert 0 < places <= LIMITS[name][0] and len(diff) - places <= LIMITS[name][1]
+    places, lines = size(folder)
+    assert 0 < places <= LIMITS[name][0] and 0 < lines <= LIMITS[name][1]
 
 
-def test_it_learns(name, run):
-    assert json.loads((run / "results.json").read_text())["mean_reward"] > BARS[name]
+def test_it_learns(name, fork, run):
+    args, (low, high) = fork.load_args(run), BARS[name]
+    untrained, _ = fork.evaluate(fork.new_state(args).agent, args, 10, deterministic=False)
+    assert untrained.mean() < low
+    assert json.loads((run / "results.json").read_text())["mean_reward"] > high
 
 
 @pytest.mark.parametrize("norm_obs", ["--norm-obs", "--no-norm-obs"])
@@ -337,7 +345,7 @@ def test_the_intrinsic_return_does_not_end_with_an_episode(fork, untrained):
 
 
 class Corridor(gym.Env):
-    """A hundred places in a row; the last one pays. Whoever steps at random gets ten or twenty far."""
+    """A hundred places in a row; the last one pays. Without curiosity, chance takes an agent a few dozen far."""
 
     observation_space = gym.spaces.Discrete(100)
     action_space = gym.spaces.Discrete(2)
@@ -416,11 +424,17 @@ def test_beta_brings_the_divergence_to_its_target_and_is_in_the_checkpoints(fork
     assert before > 1 and before != after
 
 
-# The one that the README shows
+# What the README says of them
 
 
-def test_the_readme_shows_a_fork_as_it_is():
-    (shown,) = re.findall(r"^```diff\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    diff = (FORKS / "kl_penalty.diff").read_text()
-    shown, diff = ([line for line in text.splitlines() if line[:1] in ("+", "-")] for text in (shown, diff))
-    assert shown and shown == [line for line in diff if line[:3] not in ("+++", "---")]
+def test_the_readme_counts_them_right(folder_of):
+    counts = re.findall(r"\[(\d+) lines in (\d+) places\]\(tests/forks/(\w+)\.diff\)", README)
+    assert {name: (int(places), int(lines)) for lines, places, name in counts} == {
+        name: size(folder_of(name)) for name in LIMITS
+    }
+
+
+def test_the_readme_shows_one_as_it_is():
+    (shown,) = re.findall(r"^```diff\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    _, _, *lines = (FORKS / "kl_penalty.diff").read_text().splitlines()
+    assert [line for line in shown.splitlines() if line[0] != "@"] == [line for line in lines if line[0] in "+-"]

@@ -29,7 +29,7 @@ DETAILS = {
     "core 13": "Agent",  # separate networks, or one with two heads
     "Atari 1": "vectorize",  # idle steps at the start
     "Atari 2": "vectorize",  # frames skipped, the maximum of the last two
-    "Atari 3": "estimate",  # a lost life ends the value horizon
+    "Atari 3": "Worlds.step",  # a lost life ends the value horizon
     "Atari 4": "vectorize",  # fire at the start
     "Atari 5": "vectorize",  # small grey images
     "Atari 6": "estimate",  # the sign of the reward

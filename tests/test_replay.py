@@ -81,9 +81,9 @@ def echo(kind, obs, **kwargs):
 
 
 def settings(**kwargs):
-    usual = {"num_steps": T, "num_envs": N, "num_minibatches": 2, "learning_rate": 1e-2, "hidden_sizes": (8,),
-             "update_epochs": 2, "device": "cpu", "validation_episodes": 0, "checkpoint_every": 2}  # fmt: skip
-    usual |= {"total_timesteps": ITERATIONS * usual["num_steps"] * usual["num_envs"], "run_name": "run"}
+    usual = {"num_steps": T, "num_envs": N, "total_timesteps": ITERATIONS * T * N, "num_minibatches": 2,
+             "update_epochs": 2, "learning_rate": 1e-2, "hidden_sizes": (8,), "device": "cpu",
+             "validation_episodes": 0, "checkpoint_every": 2, "run_name": "run"}  # fmt: skip
     return ppo.Args(**usual | kwargs)
 
 

@@ -66,6 +66,7 @@ def ending(run):
     del logs["charts/SPS"]
     return logs | {
         "weights": hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest(),
+        "curve": hashlib.sha256((run / "curve.png").read_bytes()).hexdigest(),
         "results": [results[key] for key in ("global_step", "episode_returns", "published", "validation")],
     }
 

@@ -21,7 +21,6 @@ import torch
 from conftest import QUICK, ROOT, command, scalars
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from torch.utils.tensorboard import SummaryWriter
 
 import ppo
 
@@ -198,35 +197,37 @@ def test_a_run_leaves_its_learning_curve_and_the_card_shows_it(trained):
     assert "\n![learning curve](curve.png)\n" in (trained.run / "README.md").read_text()
 
 
-def draw(run, episodes):
-    """The curve of a run whose logs hold these (step, return)."""
-    with SummaryWriter(run) as writer:
-        for step, episodic_return in episodes:
-            writer.add_scalar("charts/episodic_return", episodic_return, step)
-            writer.add_scalar("charts/episodic_length", 1000 - step, step)
-    ppo.draw_curve(ppo.Args(), run)
-    return drawn(run / "curve.png")
+def test_its_points_are_the_mean_returns_of_the_episodes_logged_in_each_iteration(trained):
+    logs = scalars(trained.run)
+    ends, points = [step for step, _ in logs["charts/SPS"]], []
+    iterations = np.searchsorted(ends, [step for step, _ in logs["charts/episodic_return"]])
+    returns = np.array([value for _, value in logs["charts/episodic_return"]])
+    for i in range(len(ends)):
+        if (iterations == i).any():
+            points.append((ends[i], pytest.approx(returns[iterations == i].mean())))
+    assert len(points) > 2 and ppo.load_checkpoint(trained.run)["curve"] == points
 
 
-@pytest.mark.parametrize("episodes", [50, 3000])
-def test_the_curve_goes_where_the_returns_went(episodes, tmp_path):
-    x = np.linspace(0, 1, episodes)
-    line = draw(tmp_path, zip((10_000 * x).astype(int), 500 * np.sin(5 * x)))
+@pytest.mark.parametrize("iterations", [50, 3000])
+def test_the_curve_goes_where_the_returns_went(iterations, tmp_path):
+    x = np.linspace(0, 1, iterations)
+    ppo.draw_curve(ppo.Args(), tmp_path, list(zip((10_000 * x).astype(int).tolist(), (500 * np.sin(5 * x)).tolist())))
+    line = drawn(tmp_path / "curve.png")
     columns = np.flatnonzero(line.any(0))
     height = [-np.flatnonzero(line[:, column]).mean() for column in columns]
     assert np.corrcoef(height, np.sin(5 * np.linspace(0, 1, len(columns))))[0, 1] > 0.99
 
 
 def test_the_curve_of_a_run_without_episodes_has_no_line(tmp_path):
-    assert not draw(tmp_path, []).any()
+    ppo.draw_curve(ppo.Args(), tmp_path, [])
+    assert not drawn(tmp_path / "curve.png").any()
 
 
 def test_the_curve_needs_no_backend_such_as_notebooks_name(tmp_path):
-    code = "import ppo, pathlib; ppo.draw_curve(ppo.Args(), pathlib.Path())"
-    other = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "module://no_such_package.backend_inline"}
+    code = "import ppo, pathlib; ppo.draw_curve(ppo.Args(), pathlib.Path(), [])"
+    other = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     done = subprocess.run([sys.executable, "-B", "-c", code], env=other, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert not drawn(tmp_path / "curve.png").any()
 
 
 # The console

@@ -164,6 +164,10 @@ def test_the_metrics_are_the_parts_of_the_objective_and_what_is_known_of_the_div
         assert not value.requires_grad
         assert value.item() == pytest.approx(expected[name].item(), abs=1e-5)
 
+    _, metrics = gradients(agent, moved, clip_coef=0.3, clip_vloss=False)
+    assert metrics["value_loss"].item() == pytest.approx(((batch.values - moved.returns) ** 2).mean().item() / 2)
+    assert metrics["value_loss"] < 0.9 * expected["value_loss"]
+
 
 # The whole update
 
@@ -304,10 +308,44 @@ def test_logged_losses_are_means_over_all_minibatches_of_the_iteration(monkeypat
         assert [value for _, value in logs[f"losses/{name}"]] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
+# What is learned from: rewards and observations
+
+
+@pytest.mark.parametrize(
+    "kwargs, expected",
+    [
+        ({}, [[0, 0.5, -3], [100, -100, 1]]),
+        ({"clip_reward": True}, [[0, 1, -1], [1, -1, 1]]),
+        ({"norm_reward": True}, [[0, 0.25, -1.5], [10, -10, 0.5]]),  # over their deviation, within 10
+    ],
+    ids=["raw", "clip_reward", "norm_reward"],
+)
+def test_rewards_are_learned_from_as_they_are_or_by_their_sign_or_scaled_and_clipped(monkeypatch, kwargs, expected):
+    agent = ppo.Agent([4], [], [3], hidden_sizes=[8])
+    agent.return_stats.update(torch.tensor([1.0, 5.0]))  # mean 3, deviation 2
+    rollout = ppo.empty_rollout(agent, 2, 3)
+    rollout.rewards[:] = raw = [[0, 0.5, -3], [100, -100, 1]]
+    estimated = record(monkeypatch, "compute_gae")
+    ppo.estimate(agent, rollout, quick(iterations=2, **kwargs))
+    [((rewards, *_), _)] = estimated
+    torch.testing.assert_close(rewards, torch.tensor(expected, dtype=torch.float32))
+    assert rollout.rewards.tolist() == raw  # which the logs report
+
+
+def test_observations_are_standardised_by_the_statistics_and_clipped():
+    agent = ppo.Agent([2], [], [3], hidden_sizes=[8], norm_obs=True)
+    agent.obs_stats.update(torch.tensor([[1.0, -10.0], [5.0, 30.0]]))  # means 3 and 10, deviations 2 and 20
+    seen = agent.encode(torch.tensor([[3.0, 10.0], [4.0, -10.0], [22.9, -189.0], [1000.0, -1000.0]]))
+    torch.testing.assert_close(seen, torch.tensor([[0.0, 0.0], [0.5, -1.0], [9.95, -9.95], [10.0, -10.0]]))
+    raw = torch.tensor([[1000.0, -1000.0]])
+    assert ppo.Agent([2], [], [3], hidden_sizes=[8]).encode(raw).equal(raw)
+
+
 # The running statistics
 
 
-def test_statistics_stand_still_while_an_iteration_collects_and_learns(monkeypatch):
+@pytest.mark.parametrize("norm_obs, norm_reward", [(True, True), (True, False), (False, True), (False, False)])
+def test_statistics_stand_still_while_an_iteration_collects_and_learns(monkeypatch, norm_obs, norm_reward):
     events = []
 
     def watch(owner, name, event):
@@ -324,11 +362,14 @@ def test_statistics_stand_still_while_an_iteration_collects_and_learns(monkeypat
     watch(ppo.Agent, "act", "act")
     watch(ppo, "estimate", "estimate")
     watch(ppo, "compute_gradient", "learn")
-    ppo.train(quick(iterations=4, norm_obs=True, norm_reward=True))
+    ppo.train(quick(iterations=4, norm_obs=norm_obs, norm_reward=norm_reward))
     stretches = [[event for event, _ in group] for _, group in itertools.groupby(events, key=lambda e: e[1])]
     collected = ["act"] * 16 + ["estimate"]
     whole = collected + ["learn"] * 3 * 2
-    assert stretches == [collected, whole, whole, whole]  # the first rollout only fills the statistics
+    if norm_obs or norm_reward:
+        assert stretches == [collected, whole, whole, whole]  # the first rollout only fills the statistics
+    else:
+        assert stretches == [4 * whole]
 
 
 def test_statistics_see_each_transition_once_and_no_reset_row(monkeypatch):

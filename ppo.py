@@ -1130,14 +1130,17 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
     """The newest undamaged checkpoint of a run. It is data only: with weights_only, torch.load runs no code."""
     for path in sorted(run.glob("checkpoint-*.pt"), reverse=True):
         try:
-            if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums of this format
+            archive = zipfile.ZipFile(path)
+            # torch.load looks at no checksum, and does not fill what is marked as a folder (16)
+            if archive.testzip() or any(entry.external_attr & 16 for entry in archive.infolist()):
                 raise ValueError("its checksum is wrong")
             saved = torch.load(path, map_location="cpu", weights_only=True)
+            version = saved["version"]
         except Exception as error:  # there are many ways to refuse bytes
             print(f"warning: {path} is unusable ({first_line(error)}); trying the one before it", file=sys.stderr)
             continue
-        if saved["version"] != VERSION:
-            raise Stop(f"{path} has format {saved['version']}, not {VERSION}: resume it with the ppo.py that wrote it")
+        if version != VERSION:
+            raise Stop(f"{path} has format {version}, not {VERSION}: resume it with the ppo.py that wrote it")
         return saved
     raise Stop(f"{run} has no usable checkpoint: start the run again")
 

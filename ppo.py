@@ -380,12 +380,12 @@ def compute_gae(
     After a termination there is no value to come; after a truncation there is, that of the
     true last observation. Advantages never flow back from the next episode.
     """
-    delta = rewards + gamma * values[1:] * ~terminated - values[:-1]  # PPO Eq. 12
-    decay = gamma * gae_lambda * (~done).to(values.dtype)
-    advantages = delta.clone()
+    delta = (rewards + gamma * values[1:] * ~terminated - values[:-1]).unbind()  # PPO Eq. 12
+    decay = (gamma * gae_lambda * (~done).to(values.dtype)).unbind()
+    advantages = [delta[-1]]
     for t in reversed(range(len(delta) - 1)):
-        advantages[t] += decay[t] * advantages[t + 1]  # PPO Eq. 11
-    return advantages
+        advantages.append(delta[t] + decay[t] * advantages[-1])  # PPO Eq. 11
+    return torch.stack(advantages[::-1])
 
 
 def policy_loss(logratio: Tensor, advantages: Tensor, epsilon: float) -> Tensor:
@@ -505,17 +505,17 @@ def minibatches(
 
     Resets leave fewer than N T rows; the order is repeated to fill up, so every minibatch has M.
     """
-    M = valid.size // args.num_minibatches
-    rows = to_torch(np.argwhere(valid), generator.device)  # t and n of each
+    B, M = valid.size, valid.size // args.num_minibatches
+    flat = Batch(*(column.flatten(0, 1) for column in vars(batch).values()))  # [N T, ...]
+    rows = to_torch(np.flatnonzero(valid), generator.device)
     order = torch.randperm(len(rows), generator=generator, device=generator.device)
-    repeats = math.ceil(valid.size / len(rows))
-    rows = rows[order].repeat(repeats, 1)
-    t, n = rows[: valid.size].view(-1, M, 2).unbind(-1)  # [num_minibatches, M] each
-    advantages = batch.advantages[t, n]
+    repeats = math.ceil(B / len(rows))
+    rows = rows[order].repeat(repeats)[:B].view(-1, M)
+    advantages = flat.advantages[rows]  # [num_minibatches, M]
     if args.norm_adv:  # [core 7]
         advantages = standardize(advantages, share)
-    for i in range(args.num_minibatches):
-        yield replace(batch[t[i], n[i]], advantages=advantages[i])
+    for m, advantage in zip(rows, advantages):
+        yield replace(flat[m], advantages=advantage)
 
 
 def compute_gradient(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
@@ -528,16 +528,17 @@ def compute_gradient(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, di
     entropy = entropies.mean()
     loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy  # [core 10]
     gradients = torch.autograd.grad(loss, list(agent.parameters()))
+    logratio = logratio.detach()
     outside = (logratio.exp() - 1).abs() > epsilon
     metrics = {
-        "policy_loss": pg_loss,
-        "value_loss": v_loss,
-        "entropy": entropy,
+        "policy_loss": pg_loss.detach(),
+        "value_loss": v_loss.detach(),
+        "entropy": entropy.detach(),
         "old_approx_kl": -logratio.mean(),
         "approx_kl": approx_kl(logratio),
         "clipfrac": outside.float().mean(),
     }
-    return torch.cat([g.flatten() for g in gradients]), {k: v.detach() for k, v in metrics.items()}
+    return torch.cat([g.flatten() for g in gradients]), metrics
 
 
 class FlatAdam(nn.Module):

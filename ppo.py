@@ -77,7 +77,7 @@ import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -111,6 +111,7 @@ class WorldArgs:
     env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # its options: `is_slippery False`
     num_envs: Count = 4  # N, environments side by side
     vectorization: Literal["auto", "sync", "async", "native", "envpool"] = "auto"  # auto: native if there is one
+    frame_stack: Annotated[int, "from 1 to 64", 1, 64] = 1  # see the last so many observations at once (sync, async)
     episodic_life: bool = False  # a lost life counts as a termination, as usual for Atari
     clip_reward: bool = False  # learn from the sign of the reward only, as usual for Atari
     norm_reward: bool = False  # divide rewards by the running deviation of the discounted return
@@ -144,6 +145,7 @@ class NetworkArgs:
     hidden_sizes: tuple[Count, ...] = (64, 64)  # layers of actor and critic (images: of the heads on the Nature CNN)
     activation: Literal["tanh", "relu"] = "tanh"  # between those layers
     norm_obs: bool = False  # standardise observations by their running mean and variance
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of convolutions; auto: bfloat16 where it is native
     logstd_init: Annotated[float, "from -20 to 2", -20, 2] = 0.0  # initial log standard deviation of continuous actions
 
 
@@ -260,10 +262,11 @@ class Gaussian:
 class Agent(nn.Module, hub.PyTorchModelHubMixin):
     """All that is needed to act: weights and running statistics.
 
-    Vectors go through an actor's and a critic's MLP [core 13, continuous 4], images through
-    one Nature CNN (Mnih et al. 2015) with two heads [Atari 8]. `nvec` holds the number of
-    choices of each discrete component of an action, None means a Box. `network` are the
-    fields of NetworkArgs. All arguments are JSON: config.json.
+    Vectors go through an actor's and a critic's MLP [core 13, continuous 4], images through a
+    Nature CNN below both [Atari 8]. `nvec` holds the number of choices of each discrete component
+    of an action, None means a Box. `parts` is what an observation consists of where that is more
+    than one vector, see `obs_parts`. `network` are the fields of NetworkArgs. All arguments are
+    JSON: config.json.
     """
 
     def __init__(
@@ -271,6 +274,7 @@ class Agent(nn.Module, hub.PyTorchModelHubMixin):
         obs_shape: list[int],
         action_shape: list[int],
         nvec: list[int] | None,
+        parts: list | None = None,
         **network,
     ):
         super().__init__()
@@ -279,24 +283,21 @@ class Agent(nn.Module, hub.PyTorchModelHubMixin):
         self.kind = Categorical if nvec else Gaussian
         self.outputs = sum(nvec) if nvec else math.prod(action_shape)
 
-        self.image = len(obs_shape) == 3
-        features = 512 if self.image else obs_shape[0]
-        if self.image:
-            self.trunk = nature_cnn(obs_shape, features)
+        self.trunk = make_trunk(obs_shape, parts, self.network.precision)
+        features = self.trunk.features if self.trunk else obs_shape[0]
         hidden, activation = self.network.hidden_sizes, self.network.activation
         self.actor = mlp([features, *hidden, self.outputs], activation, gain=0.01)  # near uniform, or near 0, at first
         self.critic = mlp([features, *hidden, 1], activation, gain=1.0)
         if not nvec:
             self.logstd = nn.Parameter(torch.full((self.outputs,), self.network.logstd_init))
 
-        self.obs_stats = RunningMeanStd(() if self.image else tuple(obs_shape))
+        self.obs_stats = RunningMeanStd(() if self.trunk else tuple(obs_shape))
         self.return_stats = RunningMeanStd(())
 
     def encode(self, obs: Tensor) -> Tensor:  # [..., *obs_shape] -> [..., features]
-        if self.image:
-            images = channels_first(obs, self.obs_shape)
-            pixels = images.reshape(-1, *images.shape[-3:]).float() / 255  # [Atari 9]
-            return self.trunk(pixels).view(*obs.shape[:-3], -1)
+        if self.trunk:
+            lead = obs.shape[: obs.ndim - len(self.obs_shape)]
+            return self.trunk(obs.reshape(-1, math.prod(self.obs_shape))).view(*lead, -1)
         if self.network.norm_obs:  # [continuous 6, 7]
             obs = (obs - self.obs_stats.mean) / self.obs_stats.std
             return obs.float().clamp(-10, 10)
@@ -340,21 +341,32 @@ def mlp(sizes: list[int], activation: str, gain: float) -> nn.Sequential:
     return nn.Sequential(*layers, layer_init(last, gain))
 
 
-def nature_cnn(obs_shape: list[int], features: int) -> nn.Sequential:
-    """Three convolutions and a linear layer, for images of at least 36 x 36 pixels."""
-    layers: list[nn.Module] = []
-    channels, *size = channels_first(torch.empty(obs_shape), obs_shape).shape
-    for filters, kernel, stride in (32, 8, 4), (64, 4, 2), (64, 3, 1):
-        layers.append(layer_init(nn.Conv2d(channels, filters, kernel, stride)))
-        layers.append(nn.ReLU())
-        channels, size = filters, [(s - kernel) // stride + 1 for s in size]
-    linear = nn.Linear(channels * math.prod(size), features)
-    return nn.Sequential(*layers, nn.Flatten(), layer_init(linear), nn.ReLU())
+class NatureCNN(nn.Sequential):
+    """Images [n, pixels] to features [n, 512]: three convolutions and a linear layer (Mnih et al. 2015).
 
+    For 36 x 36 pixels or more, in any order of channels. Only what lies between images and
+    features is ever bfloat16: products, not weights.
+    """
 
-def channels_first(images: Tensor, obs_shape: list[int]) -> Tensor:
-    """Images [..., C, H, W], from those or from [..., H, W, C]: there are fewer channels than pixels in a row."""
-    return images.movedim(-1, -3) if obs_shape[-1] == min(obs_shape) else images
+    features = 512
+
+    def __init__(self, kind: str, shape: list[int], precision: str):
+        channels, *size = channels_first(torch.empty(shape), shape).shape
+        layers: list[nn.Module] = []
+        for filters, kernel, stride in (32, 8, 4), (64, 4, 2), (64, 3, 1):
+            layers.append(layer_init(nn.Conv2d(channels, filters, kernel, stride)))
+            layers.append(nn.ReLU())
+            channels, size = filters, [(s - kernel) // stride + 1 for s in size]
+        linear = layer_init(nn.Linear(channels * math.prod(size), self.features))
+        super().__init__(*layers, nn.Flatten(), linear, nn.ReLU())
+        self.shape, self.white = shape, 255 if kind == "bytes" else 1
+        self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        images = channels_first(x.reshape(-1, *self.shape), self.shape)
+        images = images.to(self.dtype, memory_format=torch.channels_last) / self.white  # [Atari 9]
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return super().forward(images).float()
 
 
 def layer_init(layer, gain: float = math.sqrt(2)):
@@ -617,6 +629,43 @@ def train(args: Args) -> Path:
     return publish(run, state)
 
 
+# ---- Observations of several parts -------------------------------------------
+
+
+class Senses(nn.ModuleList):
+    """Several parts of an observation, side by side in a row: images through a CNN each, numbers as they are."""
+
+    def __init__(self, parts: list, precision: str):
+        super().__init__()
+        self.sizes = [math.prod(shape) for _, shape in parts]
+        for (kind, shape), size in zip(parts, self.sizes):
+            if len(shape) > 1:
+                self.append(NatureCNN(kind, shape, precision))
+            else:
+                self.append(nn.LayerNorm(size, elementwise_affine=False) if kind == "codes" else nn.Identity())
+        self.features = sum(getattr(sense, "features", size) for sense, size in zip(self, self.sizes))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        columns = rows.float().split(self.sizes, -1)
+        return torch.cat([sense(x) for sense, x in zip(self, columns)], -1)
+
+
+def make_trunk(obs_shape: list[int], parts: list | None, precision: str) -> NatureCNN | Senses | None:
+    """What actor and critic share below their MLPs: nothing, where an observation is one vector."""
+    if len(obs_shape) > 1:
+        return NatureCNN(parts[0][0] if parts else "bytes", obs_shape, precision)
+    return Senses(parts, precision) if parts else None
+
+
+def channels_first(images: Tensor, shape: list[int]) -> Tensor:
+    """Images [..., C, H, W], from those, from [..., H, W, C], from [..., H, W] or from a stack of such."""
+    if len(shape) == 2:
+        return images.unsqueeze(-3)
+    if shape[-1] == min(shape[-3:]):  # fewer channels than pixels in a row
+        images = images.movedim(-1, -3)
+    return images.flatten(-4, -3) if len(shape) == 4 else images
+
+
 # ---- Running statistics, for normalisation -----------------------------------
 
 
@@ -712,7 +761,8 @@ def to_env(actions: Tensor, space: gym.Space) -> np.ndarray:
 
 
 def empty_rollout(agent: Agent, T: int, N: int) -> Rollout:
-    obs_type, action_type = torch.uint8 if agent.image else None, torch.int64 if agent.nvec else None
+    obs_type = torch.uint8 if getattr(agent.trunk, "white", 1) == 255 else None
+    action_type = torch.int64 if agent.nvec else None
     obs = torch.zeros(T + 1, N, *agent.obs_shape, dtype=obs_type, device=agent.device)
     actions = torch.zeros(T, N, *agent.action_shape, dtype=action_type, device=agent.device)
     return Rollout(obs, actions, np.zeros((T, N)), *np.zeros((3, T, N), dtype=bool))
@@ -730,7 +780,9 @@ def make_envs(args: Args, seeds: list[int], training: bool = True, render: bool 
         if not training:  # in this process
             mode = {"async": "sync", "envpool": "auto"}.get(mode, mode)
         if mode == "auto":
-            mode = "native" if native else "sync"
+            mode = "native" if native and (args.frame_stack == 1 or "ALE/" in args.env_id) else "sync"
+        if args.frame_stack > 1 and mode in ("native", "envpool"):
+            raise Stop(f"--frame-stack needs --vectorization sync or async; {args.env_id} is {mode} here")
         envs = vectorize(args, mode, seeds, render)
     except (ImportError, gym.error.Error, TypeError) as error:
         if isinstance(error, TypeError) and not args.env_kwargs:
@@ -742,25 +794,62 @@ def make_envs(args: Args, seeds: list[int], training: bool = True, render: bool 
     next_step = gym.vector.AutoresetMode.NEXT_STEP
     if envs.metadata.get("autoreset_mode", next_step) != next_step:
         raise Stop(f"{args.env_id} does not reset in NEXT_STEP mode, as training needs: try --vectorization sync")
-    space = envs.single_observation_space
-    if not (isinstance(space, gym.spaces.Box) and (len(space.shape) == 1 or is_image(space))):
-        if not is_supported(space) or mode == "envpool":
-            supported = "Box, Discrete, MultiDiscrete, MultiBinary, Dict and Tuple of these (EnvPool: vectors, images)"
-            raise Stop(f"{args.env_id} observes {space}; supported: {supported}")
-        envs = gym.wrappers.vector.FlattenObservation(envs)  # discrete ones become one-hot
+    envs = vectors_or_images(args, envs, mode)
     seed = {"native": seeds[0], "envpool": None}.get(mode, seeds)  # EnvPool has its seeds
     return envs, *ask(envs, "at its reset", envs.reset, seed=seed)
 
 
-def is_image(space: gym.spaces.Box) -> bool:
-    """Whether the Nature CNN can take it: three uint8 axes, two of them at least 36 pixels long."""
-    return space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
+def vectors_or_images(args: Args, envs, mode: str):
+    """The same environments, with observations that are not images as vectors; discrete ones become one-hot."""
+    space = envs.single_observation_space
+    wrap = gym.wrappers.vector
+    if is_image(space) or (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
+        return envs
+    if isinstance(space, gym.spaces.Box):
+        flat = gym.spaces.flatten_space(space)
+        return wrap.TransformObservation(envs, lambda obs: obs.reshape(len(obs), -1), single_observation_space=flat)
+    if not all(map(is_supported, leaves(space))) or mode == "envpool":
+        supported = "Box, Discrete, MultiDiscrete, MultiBinary, Dict and Tuple of these (EnvPool: Box alone)"
+        raise Stop(f"{args.env_id} observes {space}; supported: {supported}")
+    return wrap.FlattenObservation(envs)
+
+
+def leaves(space: gym.Space) -> list[gym.Space]:
+    """The parts of a Dict or a Tuple, in the order in which they are flattened; else the space itself."""
+    if isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple)):
+        parts = space.values() if isinstance(space, gym.spaces.Dict) else space
+        return [leaf for part in parts for leaf in leaves(part)]
+    return [space]
 
 
 def is_supported(space: gym.Space) -> bool:
-    if isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple)):
-        return all(map(is_supported, space.values() if isinstance(space, gym.spaces.Dict) else space))
     return isinstance(space, (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary))
+
+
+def is_image(space: gym.Space) -> bool:
+    """Whether the Nature CNN can take it: two axes of at least 36 pixels, of bytes, bools or numbers in [0, 1]."""
+    if not isinstance(space, gym.spaces.Box) or not 2 <= len(space.shape) <= 4 or sorted(space.shape)[-2] < 36:
+        return False
+    unit = len(space.shape) > 2 and space.low.min() >= 0 and space.high.max() <= 1
+    return space.dtype == np.uint8 or unit
+
+
+def obs_parts(space: gym.Space, norm_obs: bool) -> list | None:
+    """What an observation consists of, [kind, shape] each; None for a vector of numbers.
+
+    Images are "bytes" or "floats" in [0, 1]. Smaller ones of bytes become vectors of "codes", which are standardised
+    one by one, for they may be brightnesses as well as the numbers of things; all else is a vector of "floats".
+    """
+    parts: list = []
+    for leaf in leaves(space):
+        size, small = gym.spaces.flatdim(leaf), leaf.dtype == np.uint8 and len(leaf.shape) > 1
+        if is_image(leaf):
+            parts.append(["bytes" if leaf.dtype == np.uint8 else "floats", list(leaf.shape)])
+        else:
+            codes = small and isinstance(leaf, gym.spaces.Box) and not norm_obs
+            parts.append(["codes" if codes else "floats", [size]])
+    plain = all(kind == "floats" and len(shape) == 1 for kind, shape in parts)
+    return None if plain else parts
 
 
 def find_env(args: Args) -> gym.envs.registration.EnvSpec:
@@ -768,14 +857,16 @@ def find_env(args: Args) -> gym.envs.registration.EnvSpec:
     module, _, env_id = args.env_id.rpartition(":")
     if module or env_id.startswith("ALE/"):
         gym.register_envs(importlib.import_module(module or "ale_py"))
+    if env_id.startswith("MinAtar/") and env_id not in gym.registry:
+        importlib.import_module("minatar.gym").register_envs()
     return gym.spec(env_id)
 
 
 def vectorize(args: Args, mode: str, seeds: list[int], render: bool):
     """The vector environment. ALE's own and EnvPool's treat frames as usual for Atari [Atari 1, 2, 4, 5, 7]."""
     env_id, n, kwargs = args.env_id.rpartition(":")[2], len(seeds), dict[str, Any](args.env_kwargs)
-    atari = env_id.startswith("ALE/")
-    if render and not (atari and mode == "native"):  # ALE's own does not render
+    ale = mode == "native" and env_id.startswith("ALE/")
+    if render and not ale:
         kwargs["render_mode"] = "rgb_array"
     if mode == "envpool":
         pool, name = importlib.import_module("envpool"), env_id.removeprefix("ALE/")
@@ -784,9 +875,44 @@ def vectorize(args: Args, mode: str, seeds: list[int], render: bool):
         threads = min(n, local_cores())
         return pool.make(name, env_type="gymnasium", num_envs=n, num_threads=threads, seed=seeds, **kwargs)
     if mode == "native":
-        kwargs |= {"reward_clipping": False} if atari else {}  # or reported returns would be clipped, too
-        return gym.make_vec(env_id, n, "vector_entry_point", **kwargs)
-    return gym.make_vec(env_id, n, mode, {"copy": False}, **kwargs)
+        kwargs |= {"reward_clipping": False} if ale else {}  # or reported returns would be clipped, too
+        envs = gym.make_vec(env_id, n, "vector_entry_point", **kwargs)
+        return InColour(envs, kwargs) if render and ale else envs
+    stack = partial(gym.wrappers.FrameStackObservation, stack_size=args.frame_stack)
+    wrappers = [stack] if args.frame_stack > 1 else []  # a reset fills the stack with its own observation
+    return gym.make_vec(env_id, n, mode, {"copy": False}, wrappers, **kwargs)
+
+
+class InColour(gym.vector.VectorWrapper):
+    """ALE's vector environment, which does not render, with a twin that sees the same game in colour."""
+
+    def __init__(self, envs, kwargs: dict[str, Any]):
+        super().__init__(envs)
+        colour = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
+        self.twin = gym.make_vec(envs.spec.id, envs.num_envs, "vector_entry_point", **kwargs | colour)
+        self.same = True
+
+    def reset(self, *, seed=None, options=None):
+        self.frames, _ = self.twin.reset(seed=seed, options=options)
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, actions):
+        answer = self.env.step(actions)
+        self.frames, rewards, *_ = self.twin.step(actions)
+        if self.same and (rewards != answer[1]).any():
+            print("warning: the game in colour is another: the rest of the video is grey", file=sys.stderr)
+            self.same = False
+        if not self.same:  # the newest of the stacked frames, as large
+            grey = answer[0][:, -1:, np.arange(210) * 84 // 210][..., np.arange(160) * 84 // 160]
+            self.frames = grey[..., None].repeat(3, -1)
+        return answer
+
+    def render(self):
+        return tuple(self.frames[:, 0])
+
+    def close(self, **kwargs):
+        self.twin.close()
+        return super().close(**kwargs)
 
 
 def why_not_made(args: Args, error: Exception) -> str:
@@ -840,9 +966,14 @@ def agent_config(args: Args, envs) -> dict[str, Any]:
             nvec = [2] * math.prod(act.shape)
         case _:
             raise Stop(f"{args.env_id} acts in {act}; supported: Discrete, MultiDiscrete, MultiBinary, Box of floats")
-    config = {"obs_shape": envs.single_observation_space.shape, "action_shape": act.shape, "nvec": nvec}
-    config |= {name: getattr(args, name) for name in NETWORK}
-    return {name: list(x) if isinstance(x, tuple) else x for name, x in config.items()}  # as JSON has them
+    config: dict[str, Any] = {"obs_shape": list(envs.single_observation_space.shape), "action_shape": list(act.shape)}
+    config |= {"nvec": nvec} | {name: getattr(args, name) for name in NETWORK}
+    config["hidden_sizes"] = list(args.hidden_sizes)
+    config["parts"] = parts = obs_parts(envs.unwrapped.single_observation_space, args.norm_obs)
+    if args.precision == "auto":
+        native = any(len(shape) > 1 for _, shape in parts or []) and has_bfloat16(args)
+        config["precision"] = "bfloat16" if native else "float32"
+    return config
 
 
 # ---- Devices and ranks -------------------------------------------------------
@@ -892,9 +1023,31 @@ def local_cores() -> int:
     return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def has_bfloat16(args: Args) -> bool:
+    """Whether the processor that will be used for images multiplies bfloat16 itself. Elsewhere it is emulated."""
+    if args.device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_capability() >= (8, 0)
+    return any(on is True for name, on in torch.cpu.get_capabilities().items() if "bf16" in name)
+
+
+def warn_if_emulated(agent: Agent) -> None:
+    """Say how much longer bfloat16 takes where it is not native."""
+    seconds = {}
+    for precision in "float32", "bfloat16":
+        cnn = NatureCNN("bytes", [4, 84, 84], precision).to(agent.device)
+        images = torch.zeros(8, 4, 84, 84, dtype=torch.uint8, device=agent.device)
+        for _ in range(2):  # the first call makes ready
+            started = time.perf_counter()
+            cnn(images).sum().item()
+            seconds[precision] = time.perf_counter() - started
+    factor = seconds["bfloat16"] / seconds["float32"]
+    print(f"warning: bfloat16 is emulated here, and takes {factor:.1f} times as long as float32", file=sys.stderr)
+
+
 def choose_device(args: Args, config: dict[str, Any]) -> torch.device:
     """Where to compute, and on how many threads: on a small MLP, a GPU or a second thread costs more than it gives."""
-    large = len(config["obs_shape"]) == 3 or max(args.hidden_sizes, default=0) >= 1024
+    images = any(len(shape) > 1 for _, shape in config["parts"] or ())
+    large = images or max(args.hidden_sizes, default=0) >= 1024
     enough = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if args.device == "cuda" and not enough:
         raise Stop("--device cuda, but torch finds no GPU here for each process: use --device auto or cpu")
@@ -974,10 +1127,7 @@ def record_video(agent: Agent, args: Args, path: Path) -> None:
 
     def film(worlds: Worlds) -> None:
         nonlocal video
-        if worlds.envs.render_mode:
-            frame = worlds.envs.render()[0]
-        else:  # ALE's: the newest of its stacked frames, four times as large
-            frame = np.kron(worlds.obs[0, -1], np.ones((4, 4), np.uint8))[..., None].repeat(3, 2)
+        frame = worlds.envs.render()[0]
         if video is None:
             fps, options = worlds.envs.metadata.get("render_fps", 15), ["-movflags", "+faststart"]
             size = frame.shape[1::-1]
@@ -1072,7 +1222,8 @@ def open_run(args: Args) -> tuple[Path, State]:
             run.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Stop(f"cannot create {run}: {error.strerror}") from None
-        write_json(run / "hyperparameters.json", {k: v for k, v in asdict(args).items() if k not in MODES})
+        settings = asdict(args) | {"precision": state.agent.network.precision}  # what `auto` chose
+        write_json(run / "hyperparameters.json", {k: v for k, v in settings.items() if k not in MODES})
     if dist.is_initialized():
         dist.broadcast_object_list(shared := [saved])
         saved = shared[0]
@@ -1093,13 +1244,15 @@ def new_state(args: Args) -> State:
     config = agent_config(args, envs)
     if args.episodic_life and "lives" not in info:
         raise Stop(f"--episodic-life needs info['lives'], which {args.env_id} does not give")
-    if args.norm_obs and len(config["obs_shape"]) == 3:
+    if args.norm_obs and config["parts"]:
         raise Stop("--norm-obs is for vectors; images are scaled to [0, 1] anyway: leave it out")
     device = choose_device(args, config)
     if args.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise Stop("--compile needs a C++ compiler, and g++ is not on the PATH: install it, or leave --compile out")
     torch.manual_seed(seeds(args.seed, WEIGHTS)[0])  # the same weights on every rank
     agent = Agent(**config).to(device)
+    if agent.network.precision == "bfloat16" and not has_bfloat16(args) and rank() == 0:
+        warn_if_emulated(agent)
     generator = torch.Generator(device).manual_seed(seeds(args.seed, SAMPLING, rank())[0])
     return State(agent, FlatAdam(agent), generator, settings=describe_machine(device))
 
@@ -1331,7 +1484,7 @@ def load_args(folder: Path, source: str | None = None) -> Args:
             if name not in types or name in MODES:
                 raise ValueError(f"{name:.80} is not one of ppo.py's settings")
             type_validator(name, value, types[name] | int if types[name] is float else types[name])
-        return Args(**data)
+        return Args(**{"precision": "float32"} | data)  # as it was before there was a choice
     except OSError as error:
         raise Stop(f"cannot read {path}: {error.strerror}; is {folder} a run's folder?") from None
     except (ValueError, TypeError, ArithmeticError, AttributeError, RecursionError) as error:
@@ -1404,10 +1557,15 @@ def load_agent(folder: Path, args: Args, source: str | None = None) -> Agent:
     envs.close()
     config = agent_config(args, envs)
     try:
-        saved = agent_config(Args(), envs) | json.loads((folder / "config.json").read_text())
-        if saved != config:
+        saved = json.loads((folder / "config.json").read_text())
+        if "precision" not in saved:  # the first edition's
+            saved, config["parts"] = saved | {"precision": "float32", "parts": None}, None
+        if {f.name: f.default for f in fields(NetworkArgs)} | saved != config:
             raise ValueError(f"config.json is not that of an agent for {args.env_id} with these settings")
         weights = safetensors.torch.load_file(folder / "model.safetensors")
+        if config["precision"] == "bfloat16" and not has_bfloat16(args):
+            print("warning: bfloat16 is not native here: playing in float32", file=sys.stderr)
+            config["precision"] = "float32"
         with torch.device("meta"):  # shapes, but no memory: that is the file's
             agent = Agent(**config)
         types = {name: x.dtype for name, x in agent.state_dict().items()}
@@ -1641,9 +1799,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "Pusher-v5": CALM,
     "InvertedDoublePendulum-v5": MUJOCO | dict(validation_episodes=100),  # few would not show its rare falls
     "Hopper-v5": MUJOCO, "InvertedPendulum-v5": MUJOCO,
-    "ALE/*": dict(  # the published protocol and CleanRL's settings: no sticky actions
-        env_kwargs={"repeat_action_probability": 0.0}, total_timesteps=10_000_000, num_envs=8, clip_coef=0.1,
-        clip_reward=True, episodic_life=True, hidden_sizes=(),
+    "ALE/*": dict(  # the published protocol: no sticky actions; many small updates, which images learn from soonest
+        env_kwargs={"repeat_action_probability": 0.0}, total_timesteps=10_000_000, num_envs=8, num_minibatches=32,
+        update_epochs=3, anneal_lr=False, clip_coef=0.1, clip_vloss=False, clip_reward=True, episodic_life=True,
+        hidden_sizes=(), validation_episodes=10, eval_episodes=30,
+    ),
+    "MinAtar/*": dict(  # gymnax's layers on the flattened image
+        total_timesteps=10_000_000, num_envs=64, num_minibatches=8, learning_rate=1e-3, hidden_sizes=(256, 256),
+        activation="relu", clip_vloss=False,
     ),
 }  # fmt: skip
 

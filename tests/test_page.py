@@ -35,7 +35,7 @@ DETAILS = {
     "Atari 6": "estimate",  # the sign of the reward
     "Atari 7": "vectorize",  # stacked frames
     "Atari 8": "Agent",  # the Nature CNN
-    "Atari 9": "Agent.encode",  # pixels from 0 to 1
+    "Atari 9": "NatureCNN",  # pixels from 0 to 1
     "continuous 1": "Gaussian",
     "continuous 2": "Gaussian",  # one deviation, whatever the observation
     "continuous 3": "Gaussian.logprob_and_entropy",  # independent dimensions
@@ -53,6 +53,7 @@ SECTIONS = [
     "The agent",
     "The mathematics of PPO",
     "Collect, estimate, optimise",
+    "Observations of several parts",
     "Running statistics",
     "Worlds",
     "Devices and ranks",

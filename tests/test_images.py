@@ -1,0 +1,386 @@
+"""Worlds of images: every kind is learned; precision changes speed, not results; stacked frames keep to their episode."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Dict, Discrete, Tuple
+
+import ppo
+
+torch.set_num_threads(1)
+
+
+class Pixel(gym.Env):
+    """A bright pixel in one of four quarters of an image; naming the quarter pays 1. Ten images an episode.
+
+    `kind` says how the image comes; with "moving" the answer is the quarter of the image before."""
+
+    action_space = Discrete(4)
+
+    def __init__(self, kind="bytes", size=12, channels=3, last=True):
+        self.kind, self.size, self.last = kind, size, last
+        self.shape = (size, size, channels) if last else (channels, size, size)
+        high = {"bytes": 255, "codes": 255, "moving": 255}.get(kind, 1)
+        dtype = {"bools": np.bool_, "floats": np.float32}.get(kind, np.uint8)
+        image = Box(0, high, self.shape, dtype)
+        vector = Box(-1, 1, (2,))
+        self.observation_space = {"Dict": Dict(image=Box(0, 255, self.shape, np.uint8), vector=vector),
+                                  "Tuple": Tuple([vector, Box(0, 255, self.shape, np.uint8)])}.get(kind, image)  # fmt: skip
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time, self.quarter = 0, 0
+        return self.show(), {}
+
+    def show(self):
+        self.before, self.quarter = self.quarter, int(self.np_random.integers(4))
+        half = self.size // 2
+        row, column = self.np_random.integers(half, size=2) + np.multiply(divmod(self.quarter, 2), half)
+        image = np.zeros((self.size, self.size, max(self.shape[0], self.shape[-1]) and min(self.shape)), np.float32)
+        image[row, column] = 1
+        image = image if self.last else np.moveaxis(image, -1, 0)
+        image = {"bytes": 255, "Dict": 255, "Tuple": 255, "moving": 255, "codes": 7}.get(self.kind, 1) * image
+        self.turn = int(self.np_random.integers(2))  # in a Dict or Tuple, the vector turns the answer round
+        vector = np.float32([2 * self.turn - 1, 0.5])
+        if self.kind == "Dict":
+            return {"image": image.astype(np.uint8), "vector": vector}
+        if self.kind == "Tuple":
+            return vector, image.astype(np.uint8)
+        return image.astype(self.observation_space.dtype)
+
+    def answer(self):
+        if self.kind in ("Dict", "Tuple"):
+            return (self.quarter + 2 * self.turn) % 4
+        return self.before if self.kind == "moving" else self.quarter
+
+    def step(self, action):
+        reward = float(action == self.answer())
+        self.time += 1
+        return self.show(), reward, self.time == 10, False, {}
+
+
+gym.register("images/Pixel-v0", Pixel)
+SETTINGS = dict(num_envs=16, num_steps=64, num_minibatches=16, update_epochs=4, learning_rate=1e-3, gamma=0.0,
+                anneal_lr=False, validation_episodes=0, eval_episodes=20, ent_coef=0.0)  # fmt: skip
+
+
+def learn(steps, kind, run_name="run", env_kwargs=None, **kwargs):
+    settings = {"vectorization": "sync"} | SETTINGS | kwargs
+    args = ppo.Args("images/Pixel-v0", {"kind": kind, **(env_kwargs or {})}, total_timesteps=steps, run_name=run_name,
+                    **settings)  # fmt: skip
+    run = ppo.train(args)
+    return run, args, ppo.load_agent(run, args)
+
+
+def score(agent, args):
+    returns, lengths = ppo.evaluate(agent, args, 20)
+    return (returns / lengths).mean()
+
+
+# Every kind is learned
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bools", "floats", "codes", "Dict", "Tuple"])
+@pytest.mark.parametrize("last", [True, False], ids=["channels last", "channels first"])
+def test_small_images_of_every_kind_are_learned(kind, last):
+    _, args, agent = learn(30_000, kind, env_kwargs={"last": last, "size": 8}, hidden_sizes=(128,), activation="relu")
+    assert score(agent, args) > 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bytes", "bools", "floats", "Dict"])
+@pytest.mark.parametrize("last", [True, False], ids=["channels last", "channels first"])
+def test_large_images_of_every_kind_are_learned(kind, last):
+    _, args, agent = learn(12_000, kind, env_kwargs={"last": last, "size": 36}, hidden_sizes=(64,), activation="relu")
+    assert score(agent, args) > 0.97
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_stacked_frames_tell_what_one_frame_does_not(vectorization):
+    world = {"env_kwargs": {"size": 8}, "hidden_sizes": (128,), "activation": "relu", "vectorization": vectorization}
+    _, args, agent = learn(40_000 if vectorization == "sync" else 8_192, "moving", frame_stack=2, **world)
+    if vectorization == "sync":
+        assert score(agent, args) > 0.9
+    assert agent.obs_shape == [2 * 8 * 8 * 3]
+
+
+def test_a_single_frame_does_not_tell_what_stacked_ones_do():
+    _, args, agent = learn(20_000, "moving", env_kwargs={"size": 8}, hidden_sizes=(128,), activation="relu")
+    assert score(agent, args) < 0.5
+
+
+# What the network is given
+
+
+@pytest.mark.parametrize(
+    "space, parts",
+    [
+        (Box(-1, 1, (4,)), None),
+        (Discrete(3), None),
+        (Box(0, 1, (10, 10, 4), np.bool_), None),
+        (Box(0, 255, (128,), np.uint8), None),
+        (Box(0, 255, (7, 7, 3), np.uint8), [["codes", [147]]]),
+        (Box(0, 255, (84, 84), np.uint8), [["bytes", [84, 84]]]),
+        (Box(0, 255, (4, 84, 84), np.uint8), [["bytes", [4, 84, 84]]]),
+        (Box(0, 255, (120, 160, 3), np.uint8), [["bytes", [120, 160, 3]]]),
+        (Box(0, 1, (40, 44, 3), np.float32), [["floats", [40, 44, 3]]]),
+        (Box(0, 1, (3, 40, 44), np.bool_), [["floats", [3, 40, 44]]]),
+        (Box(-1, 1, (40, 44, 3), np.float32), None),
+        (Dict(a=Box(-1, 1, (2,)), b=Discrete(3)), None),
+        (Dict(a=Box(0, 255, (36, 36, 3), np.uint8), b=Discrete(3)), [["bytes", [36, 36, 3]], ["floats", [3]]]),
+        (Tuple([Discrete(2), Box(0, 255, (8, 8, 3), np.uint8)]), [["floats", [2]], ["codes", [192]]]),
+    ],
+    ids=str,
+)
+def test_an_observation_is_taken_apart_as_its_space_says(space, parts):
+    assert ppo.obs_parts(space, norm_obs=False) == parts
+
+
+def test_small_images_of_bytes_are_plain_numbers_to_the_running_statistics():
+    assert ppo.obs_parts(Box(0, 255, (7, 7, 3), np.uint8), norm_obs=True) is None
+
+
+@pytest.mark.parametrize("shape", [(4, 40, 44), (40, 44, 4), (2, 40, 44, 2), (2, 2, 40, 44)], ids=str)
+def test_every_order_of_channels_becomes_channels_first(shape):
+    """Each pixel carries its row and column, each channel its number; stacked frames are channels one after the other."""
+    row, column = np.meshgrid(np.arange(40), np.arange(44), indexing="ij")
+    images = np.stack([100_000 * c + 100 * row + column for c in range(4)])  # [C, H, W]
+    given = {
+        (4, 40, 44): images,
+        (40, 44, 4): np.moveaxis(images, 0, -1),
+        (2, 2, 40, 44): images.reshape(2, 2, 40, 44),
+        (2, 40, 44, 2): np.moveaxis(images.reshape(2, 2, 40, 44), 1, -1),
+    }[shape]
+    batch = torch.as_tensor(np.stack([given, given + 1]))
+    assert ppo.channels_first(batch, list(shape)).equal(torch.as_tensor(np.stack([images, images + 1])))
+
+
+def test_the_parts_of_a_row_go_to_their_own_networks():
+    torch.manual_seed(0)
+    parts = [["bytes", [36, 36, 3]], ["floats", [5]], ["codes", [12]]]
+    agent = ppo.Agent([36 * 36 * 3 + 17], [], [4], parts=parts, hidden_sizes=[8])
+    image, numbers = torch.randint(0, 256, (6, 36, 36, 3)).float(), torch.randn(6, 5)
+    codes = torch.randint(0, 9, (6, 12)).float()
+    features = agent.encode(torch.cat([image.flatten(1), numbers, codes], 1))
+    torch.testing.assert_close(features[:, :512], agent.trunk[0](image))
+    assert features[:, 512:517].equal(numbers)
+    torch.testing.assert_close(features[:, 517:].mean(1), torch.zeros(6), atol=1e-6, rtol=0)
+    torch.testing.assert_close(features[:, 517:].std(1, correction=0), torch.ones(6), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [[36, 36, 3], [4, 84, 84]], ids=str)
+def test_bytes_are_scaled_and_floats_are_not(shape):
+    torch.manual_seed(0)
+    by_bytes, by_floats = (ppo.NatureCNN(kind, shape, "float32") for kind in ("bytes", "floats"))
+    by_floats.load_state_dict(by_bytes.state_dict())
+    image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
+    torch.testing.assert_close(by_bytes(image), by_floats(image.float() / 255))
+
+
+# Stacked frames
+
+
+class Counter(gym.Env):
+    """Shows 10 times the number of the episode, plus the step: what a frame shows tells where it belongs."""
+
+    observation_space, action_space = Box(0, 1e6, (1,)), Discrete(2)
+    episode = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.time = self.episode + 1, 0
+        return np.float32([10 * self.episode]), {}
+
+    def step(self, action):
+        self.time += 1
+        return np.float32([10 * self.episode + self.time]), 1.0, self.time == 4, False, {}
+
+
+gym.register("images/Counter-v0", Counter)
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_the_first_frames_of_an_episode_show_nothing_of_the_last_one(vectorization):
+    args = ppo.Args("images/Counter-v0", vectorization=vectorization, frame_stack=3)
+    worlds, seen = ppo.Worlds(args, [1, 2]), []
+    for _ in range(12):
+        seen.append(worlds.obs[0].astype(int).tolist())
+        worlds.step(torch.zeros(2, dtype=torch.int64))
+    worlds.envs.close()
+    first = [[10, 10, 10], [10, 10, 11], [10, 11, 12], [11, 12, 13], [12, 13, 14]]
+    assert seen[:10] == first + [[10 + x for x in frame] for frame in first]
+
+
+@pytest.mark.parametrize("env_id, vectorization", [("CartPole-v1", "native"), ("CartPole-v1", "envpool"),
+                                                   ("ALE/Pong-v5", "auto")])  # fmt: skip
+def test_frames_that_cannot_be_stacked_are_refused_in_one_line(env_id, vectorization, main):
+    code, _, err = main("--env-id", env_id, "--vectorization", vectorization, "--frame-stack", 4)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--frame-stack" in err and "sync or async" in err and not Path("runs").exists()
+
+
+def test_auto_takes_environments_whose_frames_can_be_stacked():
+    envs, obs, _ = ppo.make_envs(ppo.Args(frame_stack=2), [1, 2])
+    assert isinstance(envs.unwrapped, gym.vector.SyncVectorEnv) and obs.shape == (2, 8)
+
+
+# Precision
+
+
+def random_batch(agent, n=64):
+    torch.manual_seed(1)
+    obs = torch.randint(0, 256, (n, *agent.obs_shape), dtype=torch.uint8)
+    batch = ppo.Batch(obs, torch.randint(0, 6, (n,)), *torch.randn(4, n))
+    with torch.no_grad():
+        batch.logprobs, _, batch.values = agent.replay(batch)
+    batch.logprobs = batch.logprobs + 0.1 * torch.randn(n)
+    return batch
+
+
+def two_precisions():
+    torch.manual_seed(0)
+    exact = ppo.Agent([4, 84, 84], [], [6], hidden_sizes=[], precision="float32")
+    fast = ppo.Agent([4, 84, 84], [], [6], hidden_sizes=[], precision="bfloat16")
+    fast.load_state_dict(exact.state_dict())
+    return exact, fast
+
+
+def test_bfloat16_gives_the_loss_and_the_gradient_of_float32_to_a_percent():
+    exact, fast = two_precisions()
+    batch, args = random_batch(exact), ppo.Args(ent_coef=0.01)
+    (expected, losses), (gradient, metrics) = (ppo.compute_gradient(agent, batch, args) for agent in (exact, fast))
+    assert gradient.dtype == torch.float32
+    for name, value in losses.items():
+        torch.testing.assert_close(metrics[name], value, rtol=0.02, atol=0.01)
+    assert torch.nn.functional.cosine_similarity(gradient, expected, dim=0) > 0.999
+    torch.testing.assert_close(gradient.norm(), expected.norm(), rtol=0.02, atol=0)
+
+
+def test_bfloat16_stays_within_the_trunk():
+    _, fast = two_precisions()
+    batch = random_batch(fast)
+    assert {p.dtype for p in fast.parameters()} == {torch.float32}
+    assert {x.dtype for x in (*fast.replay(batch), fast.encode(batch.obs))} == {torch.float32}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_rollout_is_replayed_as_it_was_played(precision, monkeypatch):
+    """The choice, recomputed from the replay's output and the noise, is the action taken; the first ratio is 1."""
+    noises, collect = [], ppo.collect
+
+    def spy(agent, worlds, rollout, generator):
+        same = torch.Generator().manual_seed(0)
+        same.set_state(generator.get_state())
+        noises.append(agent.sample_noise(*rollout.rewards.shape, generator=same))
+        collect(agent, worlds, rollout, generator)
+        with torch.no_grad():
+            logits = agent.policy(agent.encode(rollout.obs[:-1])).logits
+        noisy = logits + noises[-1]
+        best = noisy.topk(2, -1).values
+        clear = best[..., 0] - best[..., 1] > (0.05 if precision == "bfloat16" else 1e-5)
+        assert clear.float().mean() > 0.9
+        assert noisy.argmax(-1)[clear].equal(rollout.actions[clear])
+
+    monkeypatch.setattr(ppo, "collect", spy)
+    settings = {**SETTINGS, "num_minibatches": 1, "update_epochs": 1, "num_steps": 16, "num_envs": 4}
+    from conftest import scalars
+
+    args = ppo.Args("images/Pixel-v0", {"size": 36}, total_timesteps=256, run_name="ratio", precision=precision,
+                    vectorization="sync", **{k: v for k, v in settings.items()})  # fmt: skip
+    logs = scalars(ppo.train(args))
+    assert len(noises) == 4
+    tolerance = 1e-4 if precision == "bfloat16" else 1e-6
+    assert [value for _, value in logs["losses/approx_kl"]] == pytest.approx([0] * 4, abs=tolerance)
+
+
+def test_auto_is_what_the_processor_has_and_is_saved_as_that(monkeypatch):
+    for native, chosen in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(ppo, "has_bfloat16", lambda args, native=native: native)
+        run, _, agent = learn(1024, "bytes", run_name=chosen, env_kwargs={"size": 36})
+        assert agent.network.precision == chosen
+        assert json.loads((run / "hyperparameters.json").read_text())["precision"] == chosen
+        assert json.loads((run / "config.json").read_text())["precision"] == chosen
+
+
+def test_without_convolutions_there_is_nothing_to_speed_up(main):
+    assert main("--total-timesteps", 4096, "--eval-episodes", 1, "--run-name", "vector")[0] == 0
+    assert ppo.load_args(Path("runs/vector")).precision == "float32"
+
+
+def test_bfloat16_is_played_in_float32_where_it_is_not_native_and_that_is_said(main, monkeypatch):
+    monkeypatch.setattr(ppo, "has_bfloat16", lambda args: True)
+    flags = ["--env-id", "images/Pixel-v0", "--env-kwargs", "size", 36, "--num-envs", 4, "--num-steps", 16,
+             "--total-timesteps", 128, "--validation-episodes", 0, "--eval-episodes", 2]  # fmt: skip
+    assert main(*flags, "--run-name", "fast", "--precision", "bfloat16")[0] == 0
+    monkeypatch.setattr(ppo, "has_bfloat16", lambda args: False)
+    code, out, err = main("--evaluate", "runs/fast")
+    assert code == 0 and "float32" in err and err.count("\n") == 1
+
+
+def test_bfloat16_where_it_is_not_native_warns_with_the_measured_factor(main, monkeypatch):
+    monkeypatch.setattr(ppo, "has_bfloat16", lambda args: False)
+    flags = ["--env-id", "images/Pixel-v0", "--env-kwargs", "size", 36, "--num-envs", 4, "--num-steps", 16,
+             "--total-timesteps", 128, "--validation-episodes", 0, "--eval-episodes", 2]  # fmt: skip
+    code, _, err = main(*flags, "--run-name", "slow", "--precision", "bfloat16")
+    assert code == 0
+    assert "warning: bfloat16 is emulated here" in err and " times as long as float32" in err
+
+
+def test_another_precision_is_another_run(main):
+    flags = ["--env-id", "images/Pixel-v0", "--env-kwargs", "size", 36, "--num-envs", 4, "--num-steps", 16,
+             "--total-timesteps", 128, "--validation-episodes", 0, "--eval-episodes", 2]  # fmt: skip
+    assert main(*flags, "--run-name", "run", "--precision", "float32")[0] == 0
+    for name in ("results.json", "model.safetensors"):
+        Path("runs/run", name).unlink()
+    code, _, err = main("--resume", "runs/run", "--precision", "bfloat16")
+    assert code == 2 and "--precision float32 -> bfloat16" in err
+
+
+# Resume and files
+
+
+@pytest.mark.parametrize("kind, size", [("bytes", 36), ("Dict", 36), ("codes", 8)])
+def test_a_resumed_run_ends_with_the_same_weights(kind, size, monkeypatch):
+    settings = {"env_kwargs": {"size": size}, "checkpoint_every": 2, "num_envs": 4, "num_steps": 16}
+    straight, *_ = learn(512, kind, run_name="straight", **settings)
+    saved, save = [], ppo.save_checkpoint
+
+    def stop(run, state):
+        save(run, state)
+        saved.append(state.iteration)
+        if state.iteration == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ppo, "save_checkpoint", stop)
+    with pytest.raises(KeyboardInterrupt):
+        learn(512, kind, run_name="stopped", **settings)
+    monkeypatch.setattr(ppo, "save_checkpoint", save)
+    ppo.train(replace(ppo.load_args(Path("runs/stopped")), resume="runs/stopped"))
+    assert saved == [0, 2, 4]
+    assert Path("runs/stopped/model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("change", [
+    {"parts": [["bytes", [36, 36, 1]]]}, {"parts": None}, {"parts": [["floats", [36, 36, 3]]]}, {"parts": "os.system"},
+    {"precision": "float16"}, {"obs_shape": [3, 36, 36]},
+], ids=str)  # fmt: skip
+def test_a_config_that_does_not_fit_the_images_is_refused(change, main):
+    run, *_ = learn(1024, "bytes", env_kwargs={"size": 36})
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | change))
+    (run / "results.json").write_text("{}")
+    code, _, err = main("--evaluate", run)
+    assert (code, err.count("\n")) == (2, 1) and "config.json" in err
+
+
+def test_an_image_agent_loads_as_it_was_saved():
+    run, args, agent = learn(1024, "Dict", env_kwargs={"size": 36})
+    again = ppo.Agent.from_pretrained(run, strict=True)
+    obs = torch.rand(5, *agent.obs_shape) * 255
+    assert copy.deepcopy(again).act(obs).equal(agent.act(obs))

@@ -526,8 +526,10 @@ def minibatches(
     advantages = flat.advantages[rows]  # [num_minibatches, M]
     if args.norm_adv:  # [core 7]
         advantages = standardize(advantages, share)
-    for m, advantage in zip(rows, advantages):
-        yield replace(flat[m], advantages=advantage)
+    for m, standardized in zip(rows, advantages):
+        minibatch = flat[m]
+        minibatch.advantages = standardized
+        yield minibatch
 
 
 def compute_gradient(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
@@ -1073,7 +1075,7 @@ def compile_gradient(agent: Agent, args: Args) -> Callable:
     M, started = args.batch_size // rank_count() // args.num_minibatches, time.perf_counter()
     rows = empty_rollout(agent, 1, M)
     logprobs, _, values = (x[0].detach() for x in agent.replay(rows))  # in the shapes that they have
-    compiled(agent, Batch(rows.obs[0], rows.actions[0], logprobs, values, torch.zeros_like(logprobs), values), args)
+    compiled(agent, Batch(rows.obs[0], rows.actions[0], logprobs, values, logprobs.clone(), values.clone()), args)
     if rank() == 0:
         print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
     return compiled

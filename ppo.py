@@ -360,13 +360,14 @@ class NatureCNN(nn.Sequential):
         linear = layer_init(nn.Linear(channels * math.prod(size), self.features))
         super().__init__(*layers, nn.Flatten(), linear, nn.ReLU())
         self.shape, self.white = shape, 255 if kind == "bytes" else 1
-        self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        self.in_bfloat16 = precision == "bfloat16"
 
     def forward(self, x: Tensor) -> Tensor:
+        full = self[0].weight.dtype
         images = channels_first(x.reshape(-1, *self.shape), self.shape)
-        images = images.to(self.dtype, memory_format=torch.channels_last) / self.white  # [Atari 9]
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            return super().forward(images).float()
+        images = images.to(torch.bfloat16 if self.in_bfloat16 else full, memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.in_bfloat16):
+            return super().forward(images / self.white).to(full)  # [Atari 9]
 
 
 def layer_init(layer, gain: float = math.sqrt(2)):
@@ -972,9 +973,8 @@ def agent_config(args: Args, envs) -> dict[str, Any]:
     config |= {"nvec": nvec} | {name: getattr(args, name) for name in NETWORK}
     config["hidden_sizes"] = list(args.hidden_sizes)
     config["parts"] = parts = obs_parts(envs.unwrapped.single_observation_space, args.norm_obs)
-    if args.precision == "auto":
-        native = any(len(shape) > 1 for _, shape in parts or []) and has_bfloat16(args)
-        config["precision"] = "bfloat16" if native else "float32"
+    if args.precision == "auto" and any(len(shape) > 1 for _, shape in parts or []):
+        config["precision"] = "bfloat16" if has_bfloat16(args) else "float32"
     return config
 
 
@@ -1413,6 +1413,7 @@ def finish(args: Args, run: Path) -> None:
     """After training: evaluate what was saved, and leave results, card and all else that a push needs."""
     if args.track:
         importlib.import_module("wandb").finish()
+    args = replace(args, precision=load_args(run).precision)  # what `auto` chose
     agent, saved = load_agent(run, args), load_checkpoint(run)
     print(f"evaluating: {args.eval_episodes} greedy and as many sampled episodes", flush=True)
     results = play(args, run, agent)

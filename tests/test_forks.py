@@ -205,11 +205,11 @@ def test_its_agent_goes_through_the_files_of_the_hub_and_plays_the_same(name, fo
 def test_actor_and_critic_share_all_but_their_last_layer(fork):
     agent = fork.Agent([3], [], [2], hidden_sizes=[16, 8], activation="relu")
     layers = [torch.nn.Linear, torch.nn.LayerNorm, torch.nn.ReLU]
-    assert [type(layer) for layer in agent.trunk] == 2 * layers
-    assert [layer.normalized_shape for layer in agent.trunk[1::3]] == [(16,), (8,)]
+    assert [type(layer) for layer in agent.shared] == 2 * layers
+    assert [layer.normalized_shape for layer in agent.shared[1::3]] == [(16,), (8,)]
     assert [layer.weight.shape for layer in (*agent.actor, *agent.critic)] == [(2, 8), (1, 8)]
     for head in (agent.actor, agent.critic):
-        gradients = torch.autograd.grad(head(agent.encode(torch.randn(5, 3))).sum(), list(agent.trunk.parameters()))
+        gradients = torch.autograd.grad(head(agent.encode(torch.randn(5, 3))).sum(), list(agent.shared.parameters()))
         assert all(gradient.any() for gradient in gradients)
 
 

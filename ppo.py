@@ -114,14 +114,14 @@ class WorldArgs:
     frame_stack: Annotated[int, "from 1 to 64", 1, 64] = 1  # see the last so many observations at once (sync, async)
     episodic_life: bool = False  # a lost life counts as a termination, as usual for Atari
     clip_reward: bool = False  # learn from the sign of the reward only, as usual for Atari
-    norm_reward: bool = False  # divide rewards by the running deviation of the discounted return
+    norm_reward: bool = False  # divide rewards by the running deviation of their discounted sum
 
 
 @dataclass(frozen=True)
 class AlgorithmArgs:
     """How it learns."""
 
-    total_timesteps: Annotated[int, "a positive number", 1, 2**62] = 500_000  # of all environments, with resets
+    total_timesteps: Annotated[int, "a positive number", 1, 2**62] = 500_000  # all environments, resets counted
     num_steps: Annotated[int, "from 2 (one step could be all resets) to 1048576", 2, 2**20] = 128  # T; 32 to 2048
     update_epochs: Count = 4  # K, passes over each rollout; 3 to 20
     num_minibatches: Count = 4  # per epoch, of M = N T / num_minibatches rows
@@ -133,9 +133,9 @@ class AlgorithmArgs:
     clip_vloss: bool = True  # clip the value loss with the same epsilon
     norm_adv: bool = True  # standardise the advantages of each minibatch
     ent_coef: Weight = 0.01  # c2, weight of the entropy bonus; 0 to 0.02
-    vf_coef: Weight = 0.5  # c1, weight of the value loss
+    vf_coef: Weight = 0.5  # 2 c1, weight of the value loss
     max_grad_norm: Positive = 0.5  # global norm that gradients are clipped to
-    target_kl: Positive | None = None  # stop after an epoch whose mean KL divergence exceeds this; 0.01 to 0.05
+    target_kl: Positive | None = None  # skip the epochs after one whose mean KL exceeds this; 0.01 to 0.05
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class NetworkArgs:
 
     hidden_sizes: tuple[Count, ...] = (64, 64)  # layers of actor and critic (images: of the heads on the Nature CNN)
     activation: Literal["tanh", "relu"] = "tanh"  # between those layers
-    norm_obs: bool = False  # standardise observations by their running mean and variance
+    norm_obs: bool = False  # standardise vectors by their running mean and variance
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of convolutions; auto: bfloat16 where it is native
     logstd_init: Annotated[float, "from -20 to 2", -20, 2] = 0.0  # initial log standard deviation of continuous actions
 
@@ -319,7 +319,7 @@ class Agent(nn.Module, hub.PyTorchModelHubMixin):
         return self.kind.noise(x, generator)
 
     def replay(self, x: "Rollout | Batch") -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities of the actions taken, entropies there, and values; of a rollout that of obs[T], too."""
+        """Log-probabilities of the actions taken, entropies there, and values; of a rollout obs[T]'s, too."""
         features = self.encode(x.obs)
         acted = features[: len(x.actions)]
         actions = x.actions.reshape(*acted.shape[:-1], -1)
@@ -409,7 +409,7 @@ def policy_loss(logratio: Tensor, advantages: Tensor, epsilon: float) -> Tensor:
 
 
 def value_loss(new: Tensor, old: Tensor, returns: Tensor, epsilon: float | None) -> Tensor:
-    """Half the squared error; with epsilon the larger of it and that of the new value kept within old +/- epsilon."""
+    """Half the squared error; with epsilon, row by row, the larger of it and that of a value within old +/- epsilon."""
     error = (new - returns) ** 2
     if epsilon is not None:  # [core 9]
         clipped = old + (new - old).clamp(-epsilon, epsilon)
@@ -527,9 +527,9 @@ def minibatches(
     advantages = flat.advantages[rows]  # [num_minibatches, M]
     if args.norm_adv:  # [core 7]
         advantages = standardize(advantages, share)
-    for m, standardized in zip(rows, advantages):
+    for m, A in zip(rows, advantages):
         minibatch = flat[m]
-        minibatch.advantages = standardized
+        minibatch.advantages = A
         yield minibatch
 
 
@@ -590,7 +590,7 @@ def train(args: Args) -> Path:
 
     for leg in legs(state.iteration, args):
         # Environments can't be saved, so every run makes new ones here: a resumed run repeats the uninterrupted one.
-        # Episodes under way are cut, as a truncation would.
+        # Episodes under way are cut, as by a truncation.
         env_seeds = seeds(args.seed, TRAINING, rank(), leg.start, n=N)
         worlds = Worlds(args, env_seeds, leg.start * T)
         for iteration in leg:
@@ -636,7 +636,7 @@ def train(args: Args) -> Path:
 
 
 class Senses(nn.ModuleList):
-    """Several parts of an observation, side by side in a row: images through a CNN each, numbers as they are."""
+    """Parts of an observation, side by side in a row: images through CNNs, codes standardised, numbers as they are."""
 
     def __init__(self, parts: list, precision: str):
         super().__init__()

@@ -129,6 +129,7 @@ class Clock(gym.Env):
         ("FrozenLake-v1", {"map_name": "8x8", "is_slippery": False}),
         ("Taxi-v4", {}),
         ("Blackjack-v1", {}),
+        ("MinAtar/Breakout-v1", {}),
     ],
 )
 def test_trains_and_plays(env_id, env_kwargs):

@@ -956,6 +956,10 @@ def find_culprits(envs, error: Exception, when: str) -> list[int]:
     return culprits
 
 
+def has_images(parts: list | None) -> bool:
+    return any(len(shape) > 1 for _, shape in parts or [])
+
+
 def agent_config(args: Args, envs) -> dict[str, Any]:
     """The Agent's arguments for these environments; Stop names an action space that is not supported."""
     match act := envs.single_action_space:
@@ -973,7 +977,7 @@ def agent_config(args: Args, envs) -> dict[str, Any]:
     config |= {"nvec": nvec} | {name: getattr(args, name) for name in NETWORK}
     config["hidden_sizes"] = list(args.hidden_sizes)
     config["parts"] = parts = obs_parts(envs.unwrapped.single_observation_space, args.norm_obs)
-    if args.precision == "auto" and any(len(shape) > 1 for _, shape in parts or []):
+    if args.precision == "auto" and has_images(parts):
         config["precision"] = "bfloat16" if has_bfloat16(args) else "float32"
     return config
 
@@ -1048,8 +1052,7 @@ def warn_if_emulated(agent: Agent) -> None:
 
 def choose_device(args: Args, config: dict[str, Any]) -> torch.device:
     """Where to compute, and on how many threads: on a small MLP, a GPU or a second thread costs more than it gives."""
-    images = any(len(shape) > 1 for _, shape in config["parts"] or ())
-    large = images or max(args.hidden_sizes, default=0) >= 1024
+    large = has_images(config["parts"]) or max(args.hidden_sizes, default=0) >= 1024
     enough = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if args.device == "cuda" and not enough:
         raise Stop("--device cuda, but torch finds no GPU here for each process: use --device auto or cpu")

@@ -1,5 +1,6 @@
 """Shared by all tests: the script as a module, as a command, and a short run to look at."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -52,6 +53,21 @@ def main(capsys):
         return code, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """What the environments answered: (obs, rewards, terminated, truncated, info) of each step, as it happens."""
+    record, ask = [], ppo.ask
+
+    def spy(*args, **kwargs):
+        answer = ask(*args, **kwargs)
+        if len(answer) == 5:  # a reset answers with two
+            record.append(copy.deepcopy(answer))
+        return answer
+
+    monkeypatch.setattr(ppo, "ask", spy)
+    return record
 
 
 def command(*argv, env=None, **kwargs):

@@ -1,6 +1,5 @@
 """Every family of environments, observations, actions and vectorisations, on the real ones; what counts as a step."""
 
-import copy
 import hashlib
 import json
 import math
@@ -49,21 +48,6 @@ def register(monkeypatch):
         return spec.id
 
     return call
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    """What the environments answered: (obs, rewards, terminated, truncated, info) of each step, as it happens."""
-    record, ask = [], ppo.ask
-
-    def spy(*args, **kwargs):
-        answer = ask(*args, **kwargs)
-        if len(answer) == 5:  # a reset answers with two
-            record.append(copy.deepcopy(answer))
-        return answer
-
-    monkeypatch.setattr(ppo, "ask", spy)
-    return record
 
 
 @pytest.fixture

@@ -48,21 +48,6 @@ def results(trained):
     return json.loads((trained.run / "results.json").read_text())
 
 
-@pytest.fixture
-def steps(monkeypatch):
-    """What the environments answered: (obs, rewards, terminated, truncated, info) of each step, as it happens."""
-    record, ask = [], ppo.ask
-
-    def spy(*args, **kwargs):
-        answer = ask(*args, **kwargs)
-        if len(answer) == 5:  # a reset answers with two
-            record.append(copy.deepcopy(answer))
-        return answer
-
-    monkeypatch.setattr(ppo, "ask", spy)
-    return record
-
-
 def load(run):
     return ppo.Agent.from_pretrained(run, strict=True)
 

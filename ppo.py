@@ -365,7 +365,8 @@ class NatureCNN(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         full = self[0].weight.dtype
         images = channels_first(x.reshape(-1, *self.shape), self.shape)
-        images = images.to(torch.bfloat16 if self.in_bfloat16 else full, memory_format=torch.channels_last)
+        images = images.to(torch.bfloat16 if self.in_bfloat16 else full)
+        images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.in_bfloat16):
             return super().forward(images / self.white).to(full)  # [Atari 9]
 
@@ -1056,7 +1057,9 @@ def choose_device(args: Args, config: dict[str, Any]) -> torch.device:
     enough = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if args.device == "cuda" and not enough:
         raise Stop("--device cuda, but torch finds no GPU here for each process: use --device auto or cpu")
-    torch.set_num_threads(local_cores() if large else 1)
+    rows = args.batch_size // rank_count() // args.num_minibatches
+    threads = min(local_cores(), max(1, rows // 64)) if large else 1
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", threads)))
     if args.device == "cuda" or (args.device == "auto" and large and enough):
         torch.backends.cudnn.deterministic = True  # the same seed gives the same weights
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -1761,6 +1764,11 @@ def check(args: Args) -> None:
 MUJOCO = dict(total_timesteps=1_000_000, num_envs=8, num_steps=256, num_minibatches=8, update_epochs=10,
               learning_rate=1e-3, ent_coef=0.0, norm_obs=True, norm_reward=True, logstd_init=-0.5)  # fmt: skip
 CALM = MUJOCO | dict(num_envs=16, num_steps=128, gae_lambda=0.9, logstd_init=-1.5)  # less noise
+ATARI = dict(  # the published protocol: no sticky actions; many small updates, which images learn from soonest
+    env_kwargs={"repeat_action_probability": 0.0}, total_timesteps=10_000_000, num_envs=8, num_minibatches=32,
+    update_epochs=3, clip_coef=0.1, clip_vloss=False, clip_reward=True, episodic_life=True, hidden_sizes=(),
+    validation_episodes=10, eval_episodes=30,
+)  # fmt: skip
 UNTOUCHED = {"include_cfrc_ext_in_observation": False}  # 78 contact forces, all zero in the published versions
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -1805,11 +1813,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "Pusher-v5": CALM,
     "InvertedDoublePendulum-v5": MUJOCO | dict(validation_episodes=100),  # few would not show its rare falls
     "Hopper-v5": MUJOCO, "InvertedPendulum-v5": MUJOCO,
-    "ALE/*": dict(  # the published protocol: no sticky actions; many small updates, which images learn from soonest
-        env_kwargs={"repeat_action_probability": 0.0}, total_timesteps=10_000_000, num_envs=8, num_minibatches=32,
-        update_epochs=3, anneal_lr=False, clip_coef=0.1, clip_vloss=False, clip_reward=True, episodic_life=True,
-        hidden_sizes=(), validation_episodes=10, eval_episodes=30,
-    ),
+    "ALE/Pong-v5": ATARI | dict(total_timesteps=1_000_000, learning_rate=5e-4),
+    "ALE/*": ATARI,
     "MinAtar/*": dict(  # gymnax's layers on the flattened image
         total_timesteps=10_000_000, num_envs=64, num_minibatches=8, learning_rate=1e-3, hidden_sizes=(256, 256),
         activation="relu", clip_vloss=False,

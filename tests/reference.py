@@ -77,8 +77,8 @@ ROWS = [
     Row("InvertedDoublePendulum-v5", 1_000_000, 5, 4, "9231.3 +/- 270.4 (v2)", "Tianshou"),
     Row("Reacher-v5", 1_000_000, 5, 9, "-4.1 +/- 0.3 (v2)", "Tianshou"),
     Row("Pusher-v5", 1_000_000, 5, 1, "-40.4 +/- 7.2 (v4)", "CleanRL"),
-    Row("ALE/Pong-v5", 10_000_000, 3, 1, "21.0 +/- 0.1 (v4)", "zoo"),
-    Row("ALE/Breakout-v5", 10_000_000, 3, 1, "414.7 +/- 28.1 (v4)", "CleanRL"),
+    Row("ALE/Pong-v5", 1_000_000, 3, 2, "at 1.5M 20.0; at 10M 20.4 (v4)", "rl_games; CleanRL"),
+    Row("ALE/Breakout-v5", 10_000_000, 1, 2, "414.7 +/- 28.1 (v4)", "CleanRL"),
 ]  # fmt: skip
 
 

@@ -73,6 +73,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -88,6 +89,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import tyro
+from gymnasium.utils.env_checker import check_env
 from huggingface_hub.dataclasses import type_validator
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -109,12 +111,14 @@ class WorldArgs:
 
     env_id: str = "CartPole-v1"  # Gymnasium id; `my_module:MyEnv-v0` imports your own module first
     env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # its options: `is_slippery False`
+    preset: str = "none"  # of PRESETS, where all defaults come from; that which fits the world, if not given
     num_envs: Count = 4  # N, environments side by side
     vectorization: Literal["auto", "sync", "async", "native", "envpool"] = "auto"  # auto: native if there is one
     frame_stack: Annotated[int, "from 1 to 64", 1, 64] = 1  # see the last so many observations at once (sync, async)
     episodic_life: bool = False  # a lost life counts as a termination, as usual for Atari
     clip_reward: bool = False  # learn from the sign of the reward only, as usual for Atari
     norm_reward: bool = False  # divide rewards by the running deviation of their discounted sum
+    check_env: bool = False  # before training, look for what may spoil it, and say what to do about it
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,7 @@ class AlgorithmArgs:
     vf_coef: Weight = 0.5  # 2 c1, weight of the value loss
     max_grad_norm: Positive = 0.5  # global norm that gradients are clipped to
     target_kl: Positive | None = None  # skip the epochs after one whose mean KL exceeds this; 0.01 to 0.05
+    desired_kl: Positive | None = None  # instead of annealing, keep the KL of an epoch near this; 0.005 to 0.02
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,7 @@ class EvaluationArgs:
     eval_episodes: Count = 100  # episodes of the final evaluation
     deterministic: bool = True  # the final evaluation is of the policy's mode; --no-deterministic samples
     capture_video: bool = False  # leave replay.mp4, one episode; with --repo-id always
+    render: bool = False  # with --evaluate: no score, but a window to watch, until it is closed
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,7 @@ class RunArgs:
     exp_name: str = "ppo"  # part of the run's name
     run_name: str | None = None  # folder under runs/; default {env_id}__{exp_name}__{seed}__{time}
     evaluate: str | None = None  # a run's folder, or a Hub repo (me/name or me/name@revision): play it, train nothing
+    init_from: str | None = None  # a run's folder, or a Hub repo: a new run starts with its agent
     resume: str | None = None  # a run's folder: go on from its last checkpoint
     push: str | None = None  # a finished run's folder: push it to --repo-id, train nothing
     repo_id: str | None = None  # Hub repo to push to; log in with `hf auth login` or set HF_TOKEN
@@ -200,7 +207,7 @@ class Args(MachineArgs, RunArgs, EvaluationArgs, NetworkArgs, AlgorithmArgs, Wor
     @cached_property
     def run(self) -> Path:
         """The run's folder."""
-        name = re.sub(r"[^\w.=+-]", "-", f"{self.env_id}__{self.exp_name}__{self.seed}__{int(time.time())}")
+        name = re.sub(r"[^\w.=+-]", "-", f"{self.env_id}__{self.exp_name}__{self.seed}__{time.time():.3f}")
         return Path(self.resume or self.push or self.evaluate or f"runs/{self.run_name or name}")
 
     def __post_init__(self):
@@ -265,8 +272,8 @@ class Agent(nn.Module, hub.PyTorchModelHubMixin):
     Vectors go through an actor's and a critic's MLP [core 13, continuous 4], images through a
     Nature CNN below both [Atari 8]. `nvec` holds the number of choices of each discrete component
     of an action, None means a Box. `parts` is what an observation consists of where that is more
-    than one vector, see `obs_parts`. `network` are the fields of NetworkArgs. All arguments are
-    JSON: config.json.
+    than one vector, see `obs_parts`; `spaces` are the environment's own, of observations and of
+    actions, see `describe`. `network` are the fields of NetworkArgs. All are JSON: config.json.
     """
 
     def __init__(
@@ -275,10 +282,12 @@ class Agent(nn.Module, hub.PyTorchModelHubMixin):
         action_shape: list[int],
         nvec: list[int] | None,
         parts: list | None = None,
+        spaces: list[dict] | None = None,
         **network,
     ):
         super().__init__()
         self.obs_shape, self.action_shape, self.nvec = obs_shape, action_shape, nvec
+        self.spaces = spaces
         self.network = NetworkArgs(**network)
         self.kind = Categorical if nvec else Gaussian
         self.outputs = sum(nvec) if nvec else math.prod(action_shape)
@@ -313,6 +322,10 @@ class Agent(nn.Module, hub.PyTorchModelHubMixin):
         action = self.policy(self.encode(obs)).choose(noise)
         return action.view((*action.shape[:-1], *self.action_shape))
 
+    def predict(self, obs: Any, deterministic: bool = True) -> np.ndarray:
+        """What `env.step` takes for what the environment showed: NumPy to NumPy, also of a batch, for a batch."""
+        return predict(self, obs, deterministic)
+
     def sample_noise(self, *shape: int, generator: torch.Generator | None = None) -> Tensor:
         """What makes `act` sample, [*shape, outputs]."""
         x = torch.empty(*shape, self.outputs, device=self.device)
@@ -329,6 +342,10 @@ class Agent(nn.Module, hub.PyTorchModelHubMixin):
     @property
     def device(self) -> torch.device:
         return self.obs_stats.mean.device
+
+    @classmethod
+    def _load_as_pickle(cls, *args):
+        raise ValueError("refused: this repo has no model.safetensors, and a pickle is not opened")
 
 
 def mlp(sizes: list[int], activation: str, gain: float) -> nn.Sequential:
@@ -421,6 +438,19 @@ def value_loss(new: Tensor, old: Tensor, returns: Tensor, epsilon: float | None)
 def approx_kl(logratio: Tensor) -> Tensor:
     """KL(pi_old || pi), unbiased and with little noise: k3 of joschu.net/blog/kl-approx.html."""
     return (logratio.exp() - 1 - logratio).mean()
+
+
+def follow_kl(lr: float, kl: float, args: Args) -> float:
+    """The next learning rate, smaller after too large a KL and larger after too small a one, as for beta of PPO Eq. 8.
+
+    The rule is rsl_rl's (Rudin et al. 2021). Bounds are a hundredth and the tenfold of --learning-rate.
+    """
+    assert args.desired_kl
+    if kl > 2 * args.desired_kl:
+        return max(lr / 1.5, args.learning_rate / 100)
+    if kl < args.desired_kl / 2:
+        return min(lr * 1.5, args.learning_rate * 10)
+    return lr
 
 
 def standardize(x: Tensor, share: float = 1.0) -> Tensor:
@@ -596,15 +626,15 @@ def train(args: Args) -> Path:
         worlds = Worlds(args, env_seeds, leg.start * T)
         for iteration in leg:
             started = time.perf_counter()
-            progress = iteration / args.num_iterations
-            lr = args.learning_rate * (1 - progress if args.anneal_lr else 1)  # [core 4]
+            if args.anneal_lr and not args.desired_kl:  # [core 4]
+                state.learning_rate = args.learning_rate * (1 - iteration / args.num_iterations)
 
             collect(agent, worlds, rollout, generator)  # run pi_old in N environments for T steps
             batch = estimate(agent, rollout, args)  # advantages A_1, ..., A_T
             transitions, share = count_rows(rollout.valid)  # on all ranks; the fraction of this one
 
             # Optimise the surrogate with respect to theta, in K epochs of minibatches of M rows
-            priming = iteration == 0 and (args.norm_obs or args.norm_reward)  # only fills the statistics
+            priming = iteration == 0 and lacks_statistics(agent, args)  # the first rollout only fills them
             K = 0 if priming else args.update_epochs
             for _ in range(K):
                 kl = torch.zeros((), device=agent.device)  # mean over the epoch
@@ -612,16 +642,18 @@ def train(args: Args) -> Path:
                     gradient, metrics = gradient_fn(agent, minibatch, args)
                     gradient, metrics = mean_over_ranks(gradient, metrics, share)
                     check_finite(gradient, metrics, iteration)
-                    optimizer.step(clip_norm(gradient, args.max_grad_norm), lr)
+                    optimizer.step(clip_norm(gradient, args.max_grad_norm), state.learning_rate)
                     kl += metrics["approx_kl"] / args.num_minibatches
                     log.add(metrics)
+                if args.desired_kl:
+                    state.learning_rate = follow_kl(state.learning_rate, kl.item(), args)
                 if args.target_kl and kl > args.target_kl:
                     break
 
             update_statistics(agent, worlds, rollout, args)
             state.global_step += transitions
             state.seconds += time.perf_counter() - started
-            log.write(iteration, rollout, worlds, batch, lr, share)
+            log.write(iteration, rollout, worlds, batch, share)
 
         worlds.envs.close()
         state.iteration = leg.stop
@@ -670,6 +702,71 @@ def channels_first(images: Tensor, shape: list[int]) -> Tensor:
     return images.flatten(-4, -3) if len(shape) == 4 else images
 
 
+@torch.inference_mode()
+def predict(agent: Agent, obs: Any, deterministic: bool) -> np.ndarray:
+    """See Agent.predict. ValueError if shapes do not fit, or if the agent's config.json does not know the spaces."""
+    if not agent.spaces:
+        raise ValueError("this agent was saved by an earlier edition, without its spaces: use agent.act, with tensors")
+    obs_space, action_space = map(build_space, agent.spaces)
+    rows = torch.as_tensor(flatten_obs(obs, obs_space).copy()).to(agent.device)
+    lead = rows.shape[:-1]
+    noise = 0.0 if deterministic else agent.sample_noise(*lead)
+    action = agent.act(rows.view(*lead, *agent.obs_shape), noise)
+    return to_env(action, action_space)[()]  # of an array without axes, its number
+
+
+def describe(space: gym.Space) -> dict[str, Any]:
+    """A space as JSON: its type, and the arguments that make it again."""
+    match space:
+        case gym.spaces.Dict():
+            return {"Dict": {"spaces": [[name, describe(part)] for name, part in space.items()]}}
+        case gym.spaces.Tuple():
+            return {"Tuple": {"spaces": [describe(part) for part in space]}}
+        case gym.spaces.Box():  # JSON knows no infinity
+            low, high = (
+                (x if (x != x.flat[0]).any() else x.flat[0]).tolist()
+                for x in map(np.nan_to_num, (space.low, space.high))
+            )
+            return {"Box": {"low": low, "high": high, "shape": list(space.shape), "dtype": space.dtype.name}}
+        case gym.spaces.Discrete():
+            return {"Discrete": {"n": int(space.n), "start": int(space.start), "dtype": space.dtype.name}}
+        case gym.spaces.MultiDiscrete():
+            start, nvec = space.start.tolist(), space.nvec.tolist()
+            return {"MultiDiscrete": {"nvec": nvec, "start": start, "dtype": space.dtype.name}}
+    return {"MultiBinary": {"n": list(space.shape)}}
+
+
+def build_space(described: dict[str, Any]) -> gym.Space:
+    """The space that `describe` told of."""
+    ((kind, given),) = described.items()
+    if kind == "Dict":
+        return gym.spaces.Dict([(name, build_space(part)) for name, part in given["spaces"]])
+    if kind == "Tuple":
+        return gym.spaces.Tuple([build_space(part) for part in given["spaces"]])
+    if kind == "Box":
+        low, high = (np.full(given["shape"], given[bound], given["dtype"]) for bound in ("low", "high"))
+        return gym.spaces.Box(low, high, dtype=low.dtype.type)
+    known = {"Discrete": gym.spaces.Discrete, "MultiDiscrete": gym.spaces.MultiDiscrete}
+    return known.get(kind, gym.spaces.MultiBinary)(**given)
+
+
+def flatten_obs(obs: Any, space: gym.Space) -> np.ndarray:
+    """An observation as one row of numbers, or a batch of them as rows: [..., gym.spaces.flatdim(space)]."""
+    if isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple)):
+        if not isinstance(obs, (dict, tuple)):
+            raise ValueError(f"an observation is {space}; got {type(obs).__name__}")
+        names: Any = space.keys() if isinstance(space, gym.spaces.Dict) else range(len(space))
+        return np.concatenate([flatten_obs(obs[name], space[name]) for name in names], -1)
+    x, shape = np.asarray(obs), space.shape or ()
+    lead = x.shape[: x.ndim - len(shape)]
+    if len(lead) > 1 or x.shape != lead + shape:
+        raise ValueError(f"an observation has shape {list(shape)}, a batch one axis more; got {list(x.shape)}")
+    if isinstance(space, gym.spaces.Box):
+        return x.reshape(*lead, -1)
+    rows = [gym.spaces.flatten(space, row) for row in x.reshape(-1, *shape)]
+    return np.reshape(rows, (*lead, -1))
+
+
 # ---- Running statistics, for normalisation -----------------------------------
 
 
@@ -696,6 +793,12 @@ class RunningMeanStd(nn.Module):
         self.var.copy_(variance.clamp(0))
         self.mean.add_(shift)
         self.count.copy_(total)
+
+
+def lacks_statistics(agent: Agent, args: Args) -> bool:
+    """Whether a normaliser that is asked for has seen nothing yet, as it has in an agent that --init-from took up."""
+    normalisers = [(args.norm_obs, agent.obs_stats), (args.norm_reward, agent.return_stats)]
+    return any(used and not stats.count.any() for used, stats in normalisers)
 
 
 def update_statistics(agent: Agent, worlds: "Worlds", rollout: Rollout, args: Args) -> None:
@@ -782,7 +885,8 @@ def make_envs(args: Args, seeds: list[int], training: bool = True, render: bool 
     try:
         native = find_env(args).vector_entry_point
         if not training:  # in this process
-            mode = {"async": "sync", "envpool": "auto"}.get(mode, mode)
+            known = args.env_id in gym.registry
+            mode = {"async": "sync", "envpool": "auto" if known else "envpool"}.get(mode, mode)
         if mode == "auto":
             mode = "native" if native and (args.frame_stack == 1 or "ALE/" in args.env_id) else "sync"
         if args.frame_stack > 1 and mode in ("native", "envpool"):
@@ -798,24 +902,22 @@ def make_envs(args: Args, seeds: list[int], training: bool = True, render: bool 
     next_step = gym.vector.AutoresetMode.NEXT_STEP
     if envs.metadata.get("autoreset_mode", next_step) != next_step:
         raise Stop(f"{args.env_id} does not reset in NEXT_STEP mode, as training needs: try --vectorization sync")
-    envs = vectors_or_images(args, envs, mode)
+    envs = vectors_or_images(args, envs)
     seed = {"native": seeds[0], "envpool": None}.get(mode, seeds)  # EnvPool has its seeds
     return envs, *ask(envs, "at its reset", envs.reset, seed=seed)
 
 
-def vectors_or_images(args: Args, envs, mode: str):
+def vectors_or_images(args: Args, envs):
     """The same environments, with observations that are not images as vectors; discrete ones become one-hot."""
     space = envs.single_observation_space
-    wrap = gym.wrappers.vector
     if is_image(space) or (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
         return envs
-    if isinstance(space, gym.spaces.Box):
-        flat = gym.spaces.flatten_space(space)
-        return wrap.TransformObservation(envs, lambda obs: obs.reshape(len(obs), -1), single_observation_space=flat)
-    if not all(map(is_supported, leaves(space))) or mode == "envpool":
-        supported = "Box, Discrete, MultiDiscrete, MultiBinary, Dict and Tuple of these (EnvPool: Box alone)"
+    if not all(map(is_supported, leaves(space))):
+        supported = "Box, Discrete, MultiDiscrete, MultiBinary, Dict and Tuple of these"
         raise Stop(f"{args.env_id} observes {space}; supported: {supported}")
-    return wrap.FlattenObservation(envs)
+    flat = gym.spaces.flatten_space(space)
+    flatten = partial(flatten_obs, space=space)
+    return gym.wrappers.vector.TransformObservation(envs, flatten, single_observation_space=flat)
 
 
 def leaves(space: gym.Space) -> list[gym.Space]:
@@ -863,6 +965,11 @@ def find_env(args: Args) -> gym.envs.registration.EnvSpec:
         gym.register_envs(importlib.import_module(module or "ale_py"))
     if env_id.startswith("MinAtar/") and env_id not in gym.registry:
         importlib.import_module("minatar.gym").register_envs()
+    if args.vectorization == "envpool" and env_id not in gym.registry:  # one of EnvPool's own
+        pool = importlib.import_module("envpool")
+        if env_id in pool.list_all_envs():
+            limit = pool.make_spec(env_id).config.max_episode_steps
+            return gym.envs.registration.EnvSpec(env_id, max_episode_steps=limit)
     return gym.spec(env_id)
 
 
@@ -873,6 +980,8 @@ def vectorize(args: Args, mode: str, seeds: list[int], render: bool):
     if render and not ale:
         kwargs["render_mode"] = "rgb_array"
     if mode == "envpool":
+        if render:
+            raise Stop("EnvPool draws no pictures")
         pool, name = importlib.import_module("envpool"), env_id.removeprefix("ALE/")
         if name not in pool.list_all_envs():
             raise Stop(f"EnvPool has no {name}: choose --vectorization sync or async")
@@ -957,6 +1066,55 @@ def find_culprits(envs, error: Exception, when: str) -> list[int]:
     return culprits
 
 
+def check_world(args: Args, steps: int = 500) -> None:
+    """Print what may spoil training, a line each: Gymnasium's own checks, then those of a few hundred random steps."""
+    spec = find_env(args)
+    make = partial(gym.make, spec, disable_env_checker=True, **args.env_kwargs)
+    found = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            check_env((env := make()).unwrapped, skip_render_check=True)
+            env.close()
+        except Exception as error:  # it raises at the first fault
+            found.append(f"Gymnasium's checker: {first_line(error)}")
+    found += [f"Gymnasium's checker: {first_line(warning.message)}" for warning in caught]
+
+    env = make()
+    obs, _ = env.reset(seed=args.seed)
+    space, act = env.observation_space, env.action_space
+    act.seed(args.seed)
+    rows, paid, ended, outside, types = [], [], 0, 0, set()
+    for _ in range(steps):
+        outside += obs not in space
+        types.add(getattr(obs, "dtype", space.dtype))
+        rows.append(gym.spaces.flatten(space, obs).astype(np.float64))
+        obs, reward, terminated, truncated, _ = env.step(act.sample())
+        paid.append(float(reward))
+        if terminated or truncated:
+            ended += 1
+            obs, _ = env.reset()
+    env.close()
+    values, rewards = np.array(rows), np.array(paid)
+
+    if not np.isfinite(values).all() or not np.isfinite(rewards).all():
+        found.append("observations or rewards are not all finite: training will stop at the first such one")
+    if types != {space.dtype}:
+        found.append(f"observations are {', '.join(map(str, types))}, the space says {space.dtype}: make them the same")
+    if outside:
+        found.append(f"{outside} of {steps} observations are outside of observation_space: widen its bounds")
+    if not ended and not spec.max_episode_steps:
+        found.append(f"no episode ended in {steps} steps: give max_episode_steps to gym.register")
+    if np.abs(rewards).max() > 10 and not (args.norm_reward or args.clip_reward):
+        found.append(f"rewards go from {rewards.min():.4g} to {rewards.max():.4g}: try --norm-reward")
+    if np.abs(values).max() > 10 and not args.norm_obs and not has_images(obs_parts(space, False)):
+        found.append(f"observations go from {values.min():.4g} to {values.max():.4g}: try --norm-obs")
+    if isinstance(act, gym.spaces.Box) and (act.low != -act.high).any():
+        found.append(f"actions in {act} are not symmetric around 0, where a policy begins: try wrappers.RescaleAction")
+    for line in found or ["no faults found"]:
+        print(f"check: {line}", flush=True)
+
+
 def has_images(parts: list | None) -> bool:
     return any(len(shape) > 1 for _, shape in parts or [])
 
@@ -977,7 +1135,9 @@ def agent_config(args: Args, envs) -> dict[str, Any]:
     config: dict[str, Any] = {"obs_shape": list(envs.single_observation_space.shape), "action_shape": list(act.shape)}
     config |= {"nvec": nvec} | {name: getattr(args, name) for name in NETWORK}
     config["hidden_sizes"] = list(args.hidden_sizes)
-    config["parts"] = parts = obs_parts(envs.unwrapped.single_observation_space, args.norm_obs)
+    obs = envs.unwrapped.single_observation_space
+    config["spaces"] = [describe(obs), describe(act)]
+    config["parts"] = parts = obs_parts(obs, args.norm_obs)
     if args.precision == "auto" and has_images(parts):
         config["precision"] = "bfloat16" if has_bfloat16(args) else "float32"
     return config
@@ -1097,19 +1257,20 @@ def evaluate(
     episodes: int,
     stream: int = EVALUATION,
     deterministic: bool = True,
-    film: "Callable[[Worlds], None] | None" = None,
+    film: "Callable[[Worlds], bool | None] | None" = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns and lengths, [episodes] each: the first episode of each of that many fresh environments.
 
     Their seeds follow from args.seed and the stream; nothing that training draws from is touched. No episode goes on
-    for more than 27,000 steps, Atari's limit, a film for 3,000. `film` sees the worlds before each step and at the end.
+    for more than 27,000 steps, Atari's limit, a film for 3,000. `film` sees the worlds before each step and at the end,
+    and may stop.
     """
     generator = torch.Generator(agent.device).manual_seed(seeds(args.seed, stream, SAMPLING)[0])
     worlds = Worlds(args, seeds(args.seed, stream, n=episodes), training=False, render=bool(film))
     (returns, lengths), running = np.zeros((2, episodes)), np.ones(episodes, dtype=bool)
     while running.any() and worlds.t < (3_000 if film else 27_000):
-        if film:
-            film(worlds)
+        if film and film(worlds):
+            break
         noise = 0.0 if deterministic else agent.sample_noise(episodes, generator=generator)
         rewards, _, done = worlds.step(agent.act(to_torch(worlds.obs, agent.device), noise))
         returns += rewards * running
@@ -1158,6 +1319,34 @@ def record_video(agent: Agent, args: Args, path: Path) -> None:
         print(f"warning: no video: {type(error).__name__}: {first_line(error):.200}", file=sys.stderr)
 
 
+def watch(agent: Agent, args: Args) -> None:
+    """One greedy episode after the other in a window, in real time, until it is closed."""
+    with one_line("--render", "It needs pygame and a display; without one, --capture-video leaves a film"):
+        import pygame
+
+        if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            raise OSError("no display")
+        pygame.display.init()
+    closed, clock = False, pygame.time.Clock()
+
+    def show(worlds: Worlds) -> bool:
+        nonlocal closed
+        frame = worlds.envs.render()[0]
+        if worlds.t == 0:
+            pygame.display.set_mode(frame.shape[1::-1])
+            pygame.display.set_caption(args.env_id)
+        pygame.display.get_surface().blit(pygame.surfarray.make_surface(frame.swapaxes(0, 1)), (0, 0))
+        pygame.display.flip()
+        clock.tick(worlds.envs.metadata.get("render_fps", 15))
+        closed = any(event.type == pygame.QUIT for event in pygame.event.get())
+        return closed
+
+    while not closed:
+        returns, lengths = evaluate(agent, args, 1, VIDEO, film=show)
+        print(f"return {returns[0]:.2f} in {lengths[0]:.0f} steps", flush=True)
+        args = replace(args, seed=(args.seed + 1) % 2**32)  # another episode
+
+
 def play(args: Args, folder: Path, agent: Agent) -> dict[str, Any]:
     """Evaluate, print the score and, if asked for, leave a video. The start of results.json."""
     returns, lengths = evaluate(agent, args, args.eval_episodes, EVALUATION, args.deterministic)
@@ -1181,7 +1370,7 @@ def play(args: Args, folder: Path, agent: Agent) -> dict[str, Any]:
 
 # ---- The run's folder: settings, checkpoints, logs ---------------------------
 
-VERSION = 2  # of the checkpoints' format
+VERSION = 3  # of the checkpoints' format
 
 
 @dataclass
@@ -1191,6 +1380,7 @@ class State:
     agent: Agent
     optimizer: FlatAdam
     generator: torch.Generator  # of actions and minibatches; each rank has its own
+    learning_rate: float
     iteration: int = 0
     global_step: int = 0  # transitions, over all ranks
     seconds: float = 0.0  # of training, not of validation and checkpoints
@@ -1230,7 +1420,7 @@ def open_run(args: Args) -> tuple[Path, State]:
             run.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Stop(f"cannot create {run}: {error.strerror}") from None
-        settings = asdict(args) | {"precision": state.agent.network.precision}  # what `auto` chose
+        settings = public(args) | {"precision": state.agent.network.precision}  # what `auto` chose
         write_json(run / "hyperparameters.json", {k: v for k, v in settings.items() if k not in MODES})
     if dist.is_initialized():
         dist.broadcast_object_list(shared := [saved])
@@ -1239,10 +1429,18 @@ def open_run(args: Args) -> tuple[Path, State]:
     if saved:
         restore(args, state, saved)
     if rank() == 0:
-        print(f"run: {run}   preset: {preset(args.env_id)[0] or 'none'}   device: {here['device']}", flush=True)
+        print(f"run: {run}   preset: {args.preset}   device: {here['device']}", flush=True)
         if changed := ", ".join(f"{k} {before.get(k)} -> {here[k]}" for k in here if here[k] != before.get(k)):
             print(f"warning: this will not be bit for bit the run that was interrupted: {changed}", file=sys.stderr)
     return run, state
+
+
+def public(args: Args) -> dict[str, Any]:
+    """The settings as files tell them: of where an agent started, no path of this machine."""
+    start = Path(args.init_from or "")
+    return asdict(args) | {
+        "init_from": f"runs/{start.resolve().name}" if start.is_dir() and start.name else args.init_from
+    }
 
 
 def new_state(args: Args) -> State:
@@ -1259,17 +1457,21 @@ def new_state(args: Args) -> State:
         raise Stop("--compile needs a C++ compiler, and g++ is not on the PATH: install it, or leave --compile out")
     torch.manual_seed(seeds(args.seed, WEIGHTS)[0])  # the same weights on every rank
     agent = Agent(**config).to(device)
+    if args.init_from and not args.resume:  # weights and statistics; what it was trained with is left behind
+        folder, stranger = policy_folder(args.init_from)
+        agent.load_state_dict(load_agent(folder, args, stranger).state_dict())
     if agent.network.precision == "bfloat16" and not has_bfloat16(args) and rank() == 0:
         warn_if_emulated(agent)
     generator = torch.Generator(device).manual_seed(seeds(args.seed, SAMPLING, rank())[0])
-    return State(agent, FlatAdam(agent), generator, settings=describe_machine(device))
+    return State(agent, FlatAdam(agent), generator, args.learning_rate, settings=describe_machine(device))
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """What must not change for a resumed run to be, bit for bit, the one that was interrupted."""
     packages = {"torch", "gymnasium", "numpy", "Box2D", "mujoco", "ale_py", "envpool"} & sys.modules.keys()
     versions = {name: str(sys.modules[name].__version__) for name in sorted(packages)}
-    here = {"device": device.type, "threads": torch.get_num_threads(), "ranks": rank_count()}
+    here = {"device": device.type, "threads": torch.get_num_threads()}
+    here |= {"ranks": rank_count(), "machines": rank_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))}
     return {"python": platform.python_version()} | versions | here
 
 
@@ -1336,7 +1538,7 @@ class Log:
             import wandb
 
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run.name, "id": run.name}
-            kept = {"dir": run.parent, "resume": "allow", "config": asdict(args), "save_code": True}
+            kept = {"dir": run.parent, "resume": "allow", "config": public(args), "save_code": True}
             with one_line(
                 "Weights & Biases", "Log in with `wandb login`, set WANDB_MODE=offline, or leave out --track"
             ):
@@ -1348,7 +1550,7 @@ class Log:
         self.writer = SummaryWriter(run, purge_step=step + 1 if resumed else None, flush_secs=10)
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", unit_scale=True, disable=None)
         if not resumed:
-            values = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in asdict(args).items()}
+            values = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in public(args).items()}
             for summary in hparams(values, {"charts/episodic_return": 0}):
                 self.writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
             rows = "\n".join(f"|{name}|{value}|" for name, value in values.items())
@@ -1359,7 +1561,7 @@ class Log:
         self.names = list(metrics)
         self.metrics.append(torch.stack(list(metrics.values())))
 
-    def write(self, iteration: int, rollout: Rollout, worlds: Worlds, batch: Batch, lr: float, share: float) -> None:
+    def write(self, iteration: int, rollout: Rollout, worlds: Worlds, batch: Batch, share: float) -> None:
         """One iteration: its episodes at the steps they ended, the rest at its last step."""
         metrics, self.metrics = self.metrics, []
         if rank() > 0:
@@ -1374,7 +1576,7 @@ class Log:
             self.recent.append(returns[t, n])
         if done.any():
             self.state.curve.append((step, float(returns[done].mean())))
-        scalars = {"charts/learning_rate": lr, "charts/SPS": int(step / self.state.seconds)}
+        scalars = {"charts/learning_rate": self.state.learning_rate, "charts/SPS": int(step / self.state.seconds)}
         scalars["losses/explained_variance"] = explained_variance(batch.values[valid], batch.returns[valid])
         if metrics:
             means = torch.stack(metrics).mean(0).tolist()
@@ -1391,6 +1593,8 @@ class Log:
     def flush(self) -> None:
         """Before a checkpoint: a resumed run relies on what was logged until there, and purges the rest."""
         if rank() == 0:
+            if math.isfinite(self.state.score):
+                self.writer.add_scalar("eval/validation", self.state.score, self.state.global_step)
             self.writer.flush()
 
     def close(self) -> None:
@@ -1410,6 +1614,7 @@ def publish(run: Path, state: State) -> Path:
         state.agent.load_state_dict(state.best_agent, assign=True)  # tensors of its own, not views of theta
         try:
             state.agent.save_pretrained(run)
+            (run / "model.safetensors").chmod((run / "config.json").stat().st_mode)  # else its owner's alone
         except safetensors.SafetensorError as error:  # a full disk, and no OSError
             raise Stop(f"cannot write the agent in {run}: {first_line(error)}", code=1) from None
     return run
@@ -1417,13 +1622,17 @@ def publish(run: Path, state: State) -> Path:
 
 def finish(args: Args, run: Path) -> None:
     """After training: evaluate what was saved, and leave results, card and all else that a push needs."""
-    if args.track:
-        importlib.import_module("wandb").finish()
-    args = replace(args, precision=load_args(run).precision)  # what `auto` chose
+    saved_args = load_args(run)  # what `auto` chose, and no path
+    args = replace(args, precision=saved_args.precision, init_from=saved_args.init_from)
     agent, saved = load_agent(run, args), load_checkpoint(run)
-    print(f"evaluating: {args.eval_episodes} greedy and as many sampled episodes", flush=True)
+    fewer = min(args.eval_episodes, 20)
+    print(f"evaluating: {args.eval_episodes} episodes, then {fewer} of the other kind, sampled or greedy", flush=True)
     results = play(args, run, agent)
-    other, _ = evaluate(agent, args, args.eval_episodes, EVALUATION, not args.deterministic)
+    other, _ = evaluate(agent, args, fewer, EVALUATION, not args.deterministic)
+    log_score(args, run, results["mean_reward"], saved["global_step"])
+    surplus = other.mean() - results["mean_reward"]
+    if args.deterministic and fewer >= 10 and surplus > other.std() + results["std_reward"]:
+        print(f"warning: sampled it scores {other.mean():.2f}, far more: see --no-deterministic", file=sys.stderr)
     best, last, iteration = saved["best_score"], saved["score"], saved["best_iteration"]
     which = "last" if iteration == saved["iteration"] else f"best (iteration {iteration})"
     if args.validation_episodes:
@@ -1431,6 +1640,7 @@ def finish(args: Args, run: Path) -> None:
     results |= {
         "other_mean_reward": float(other.mean()),
         "other_std_reward": float(other.std()),
+        "other_episodes": fewer,
         "published": which,
         "validation": {"best": best, "last": last} if args.validation_episodes else None,
         "total_timesteps": args.total_timesteps,
@@ -1447,6 +1657,16 @@ def finish(args: Args, run: Path) -> None:
     draw_curve(args, run, saved["curve"])
     write_file(run / "README.md", model_card(args, run, args.repo_id or f"runs/{run.name}", results).encode())
     write_json(run / "results.json", results)  # last: it says that the run is finished
+
+
+def log_score(args: Args, run: Path, score: float, step: int) -> None:
+    """The final score, into the logs."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(run) as writer:
+        writer.add_scalar("eval/mean_reward", score, step + 1)  # or a resumed run would not purge it
+    if args.track:
+        importlib.import_module("wandb").finish()
 
 
 def draw_curve(args: Args, run: Path, curve: list[tuple[int, float]]) -> None:
@@ -1505,7 +1725,7 @@ def load_args(folder: Path, source: str | None = None) -> Args:
 SIZE_LIMITS = {"hyperparameters.json": 2**16, "config.json": 2**16, "model.safetensors": 2**28}  # bytes
 EXTRAS = ["README.md", "results.json", "replay.mp4", "curve.png", "*.py", "requirements.txt", "*tfevents*"]
 NETWORK = [f.name for f in fields(NetworkArgs)]
-PLAYED = ["env_id", "env_kwargs", "seed", "vectorization", *NETWORK]  # what a stranger's policy may set
+PLAYED = ["env_id", "env_kwargs", "seed", "vectorization", "frame_stack", *NETWORK]  # what a stranger's policy may set
 SAFE_KWARGS = {"is_slippery", "continuous", "repeat_action_probability", "include_cfrc_ext_in_observation"}
 
 
@@ -1566,11 +1786,13 @@ def load_agent(folder: Path, args: Args, source: str | None = None) -> Agent:
     envs.close()
     config = agent_config(args, envs)
     try:
-        saved = json.loads((folder / "config.json").read_text())
-        if "precision" not in saved:  # the first edition's
-            saved, config["parts"] = saved | {"precision": "float32", "parts": None}, None
-        if {f.name: f.default for f in fields(NetworkArgs)} | saved != config:
-            raise ValueError(f"config.json is not that of an agent for {args.env_id} with these settings")
+        saved = dict(json.loads((folder / "config.json").read_text()))
+        early = {"precision": "float32", "parts": None, "spaces": None}  # what first editions had not, but for defaults
+        config |= {name: early[name] for name in early.keys() - saved.keys() - {"precision"}}
+        saved = {f.name: f.default for f in fields(NetworkArgs)} | early | saved
+        if other := [name for name in config.keys() | saved.keys() if saved.get(name) != config.get(name)]:
+            difference = "; ".join(f"{name} {saved.get(name)}, not {config.get(name)}" for name in sorted(other))
+            raise ValueError(f"it is not an agent for {args.env_id} with these settings: {difference}")
         weights = safetensors.torch.load_file(folder / "model.safetensors")
         if config["precision"] == "bfloat16" and not has_bfloat16(args):
             print("warning: bfloat16 is not native here: playing in float32", file=sys.stderr)
@@ -1619,14 +1841,26 @@ def push(args: Args, run: Path) -> None:
     print(f"pushed: {url}")
 
 
-def launcher(processes: int) -> list[str]:
-    """The words that start the script on so many processes of a machine."""
-    return [*(["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]), SCRIPT]
+def launcher(processes: int, machines: int = 1) -> list[str]:
+    """The words that start the script on so many processes of so many machines."""
+    if processes == machines == 1:
+        return ["python", SCRIPT]
+    here = {name: os.environ.get(name, name) for name in ("GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    words = (
+        f"--nnodes {machines} --node-rank {{GROUP_RANK}} --master-addr {{MASTER_ADDR}} --master-port {{MASTER_PORT}}"
+    )
+    several = words.format(**here).split() if machines > 1 else []
+    return ["torchrun", *several, "--nproc-per-node", str(processes), SCRIPT]
 
 
-def training_command(args: Args, ranks: int = 1) -> str:
+def training_command(args: Args, ranks: int = 1, machines: int = 1) -> str:
     """The command that trains this run: the flags that differ from the preset's values."""
-    words, usual = [*launcher(ranks), "--env-id", args.env_id], asdict(usual_args(args.env_id))
+    words, usual = (
+        [*launcher(ranks // machines, machines), "--env-id", args.env_id],
+        asdict(usual_args(args.env_id, args.preset)),
+    )
+    if args.preset != own_preset(args.env_id):
+        words += ["--preset", args.preset]
     for name, value in asdict(args).items():
         if value == usual[name] or name in (*FREE, *MODES, "run_name"):
             continue
@@ -1670,7 +1904,7 @@ script, which is in this repo. {video}
 | policy | mean return +/- std over episodes | episodes |
 |---|---|---|
 | {how} | **{score}** | {r["n_evaluation_episodes"]} |
-| {other_how} | {other} | {r["n_evaluation_episodes"]} |
+| {other_how} | {other} | {r.get("other_episodes", r["n_evaluation_episodes"])} |
 
 Each episode is the first of a fresh environment; their seeds follow from seed {args.seed} and are used nowhere else.
 The agent is that of the {r["published"]} checkpoint. Mean episode return as it learned, in {r["global_step"]:,} steps:
@@ -1692,7 +1926,7 @@ agent = Agent.from_pretrained("{source}", strict=True)  # agent.act(obs), a tens
 ## Train it again
 
 ```bash
-{training_command(args, r["settings"]["ranks"])}
+{training_command(args, r["settings"]["ranks"], r["settings"].get("machines", 1))}
 ```
 
 {r["training_seconds"]:.0f} seconds of training, evaluation not counted: {settings}.
@@ -1741,6 +1975,8 @@ def check(args: Args) -> None:
         raise ValueError(f"--run-name must be one plain folder name, got {args.run_name!r}")
     if not all(math.isfinite(x) for x in args.env_kwargs.values() if isinstance(x, float)):
         raise ValueError(f"--env-kwargs must be finite, got {args.env_kwargs}")
+    if args.render and not args.evaluate:
+        raise ValueError("--render shows a trained agent: give --evaluate, too")
     if args.norm_reward and args.clip_reward:
         raise ValueError("--norm-reward and --clip-reward exclude each other: choose one")
     B, minibatches = args.batch_size, args.num_minibatches
@@ -1764,14 +2000,22 @@ def check(args: Args) -> None:
 MUJOCO = dict(total_timesteps=1_000_000, num_envs=8, num_steps=256, num_minibatches=8, update_epochs=10,
               learning_rate=1e-3, ent_coef=0.0, norm_obs=True, norm_reward=True, logstd_init=-0.5)  # fmt: skip
 CALM = MUJOCO | dict(num_envs=16, num_steps=128, gae_lambda=0.9, logstd_init=-1.5)  # less noise
-ATARI = dict(  # the published protocol: no sticky actions; many small updates, which images learn from soonest
-    env_kwargs={"repeat_action_probability": 0.0}, total_timesteps=10_000_000, num_envs=8, num_minibatches=32,
-    update_epochs=3, clip_coef=0.1, clip_vloss=False, clip_reward=True, episodic_life=True, hidden_sizes=(),
-    validation_episodes=10, eval_episodes=30,
+IMAGES = dict(num_minibatches=32, num_envs=8, update_epochs=3, clip_coef=0.1, clip_vloss=False, hidden_sizes=(),
+              validation_episodes=10)  # many small updates, which images learn from soonest  # fmt: skip
+ATARI = IMAGES | dict(  # the published protocol: no sticky actions
+    env_kwargs={"repeat_action_probability": 0.0}, total_timesteps=10_000_000, clip_reward=True, episodic_life=True,
+    eval_episodes=30,
 )  # fmt: skip
 UNTOUCHED = {"include_cfrc_ext_in_observation": False}  # 78 contact forces, all zero in the published versions
 
 PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},  # CleanRL's defaults
+    "general, discrete actions": dict(
+        num_envs=16, num_steps=256, num_minibatches=8, update_epochs=6, learning_rate=1e-3, desired_kl=0.01,
+        hidden_sizes=(128, 128), norm_obs=True, norm_reward=True, clip_vloss=False,
+    ),
+    "general, continuous actions": MUJOCO | dict(total_timesteps=500_000, desired_kl=0.01),
+    "general, images": IMAGES | dict(norm_reward=True),
     "CartPole-v1": dict(  # the zoo's gamma and lambda
         total_timesteps=100_000, num_envs=64, num_steps=32, num_minibatches=8, update_epochs=5, learning_rate=2e-3,
         gamma=0.98, gae_lambda=0.8, clip_vloss=False,
@@ -1824,18 +2068,47 @@ PRESETS: dict[str, dict[str, Any]] = {
 SCRIPT = Path(__file__).name  # what printed commands start; a script that imports this one puts its own name here
 MODES = ("evaluate", "resume", "push")  # flags that name a run instead of starting one
 # May differ where a run is resumed or pushed:
-FREE = ("device", "track", "wandb_project_name", "wandb_entity", "repo_id", "private", "capture_video")
+FREE = (
+    "device",
+    "render",
+    "check_env",
+    "track",
+    "wandb_project_name",
+    "wandb_entity",
+    "repo_id",
+    "private",
+    "capture_video",
+)
 
 
-def preset(env_id: str) -> tuple[str | None, dict[str, Any]]:
-    """The pattern of PRESETS that fits the environment, the exact one first, and its settings."""
-    fits = env_id if env_id in PRESETS else next((p for p in PRESETS if fnmatch.fnmatchcase(env_id, p)), None)
-    return fits, PRESETS[fits] if fits else {}
+def usual_args(env_id: str, preset: str | None = None) -> Args:
+    """What the environment is trained with if no flag, but perhaps --preset, is given."""
+    name = preset or own_preset(env_id)
+    if name not in PRESETS:
+        raise Stop(f"no preset {name!r}; there are: {'; '.join(PRESETS)}")
+    return Args(env_id=env_id, preset=name, **PRESETS[name])
 
 
-def usual_args(env_id: str) -> Args:
-    """What the environment is trained with if no other flag is given."""
-    return Args(env_id=env_id, **preset(env_id)[1])
+def own_preset(env_id: str) -> str:
+    """The preset whose name is the environment's, or a pattern that fits it; else "none"."""
+    fits = [name for name in PRESETS if fnmatch.fnmatchcase(env_id, name)]
+    return env_id if env_id in PRESETS else (fits or ["none"])[0]
+
+
+def find_preset(world: WorldArgs) -> str:
+    """The environment's own preset; else a general one, by its actions and by what it shows."""
+    if (own := own_preset(world.env_id)) != "none":
+        return own
+    try:
+        args = Args(**vars(world))
+        envs, *_ = make_envs(args, seeds(args.seed, TRAINING), training=False)
+        envs.close()
+        config = agent_config(args, envs)
+    except Exception:  # it will be told where the environment is needed
+        return "none"
+    if has_images(config["parts"]):
+        return "general, images"
+    return "general, discrete actions" if config["nvec"] else "general, continuous actions"
 
 
 def flag(name: str) -> str:
@@ -1848,16 +2121,32 @@ def flag(name: str) -> str:
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags over saved arguments (--evaluate, --resume, --push) or over the environment's preset (training)."""
     # First what decides where the defaults come from
-    First: Any = make_dataclass("First", [(name, str | None, None) for name in ("env_id", *MODES)])
+    names: Any = [(name, str | None, None) for name in ("env_id", "vectorization", "preset", "init_from", *MODES)]
+    kwargs: Any = ("env_kwargs", get_type_hints(WorldArgs)["env_kwargs"], field(default_factory=dict))
+    First: Any = make_dataclass("First", [*names, kwargs])
     first, _ = tyro.cli(First, args=argv, return_unknown_args=True, add_help=False)
     mode = {name: getattr(first, name) for name in MODES if getattr(first, name) is not None}
-    if len(mode) > 1:
-        raise Stop(f"{' and '.join(map(flag, mode))} exclude each other: choose one")
+    started = [*mode, *(["init_from"] if first.init_from else [])]
+    if len(started) > 1:
+        raise Stop(f"{' and '.join(map(flag, started))} exclude each other: choose one")
     if first.evaluate:
         saved, mode["evaluate"] = played_args(first.evaluate, first.env_id)  # a repo is now pinned to one commit
         return replace(read_flags(argv, saved), **mode)
-    saved = load_args(Path(*mode.values())) if mode else usual_args(first.env_id or Args.env_id)
-    args = replace(read_flags(argv, saved), **mode)
+    if mode:
+        saved = load_args(Path(*mode.values()))
+    else:
+        source, name = played_args(first.init_from, first.env_id) if first.init_from else (None, None)
+        env_id = first.env_id or (source or Args).env_id
+        kwargs = source.env_kwargs if source and env_id == source.env_id else {}
+        world = WorldArgs(env_id, kwargs | first.env_kwargs, vectorization=first.vectorization or "auto")
+        saved = usual_args(env_id, first.preset or find_preset(world))
+        if source:  # its network, and where it acted
+            kept = {k: getattr(source, k) for k in (*NETWORK, "frame_stack")} | {
+                "env_kwargs": saved.env_kwargs | kwargs
+            }
+            saved = replace(saved, **kept, init_from=name)
+    pinned = {"init_from": saved.init_from} if first.init_from else {}
+    args = replace(read_flags(argv, saved), **mode, **pinned)
     old, new, free = asdict(saved), asdict(args), [*FREE, *MODES]
     changed = [f"{flag(k)} {old[k]} -> {new[k]}" for k in old if old[k] != new[k] and k not in free]
     if changed and mode:  # what is resumed or pushed must be the run that it was
@@ -1899,6 +2188,8 @@ def run_command(args: Args) -> None:
     if args.evaluate:
         folder, stranger = policy_folder(args.evaluate)
         agent = load_agent(folder, args, stranger)
+        if args.render:
+            return watch(agent, args)
         if stranger and args.capture_video:  # nothing is written beside what was downloaded
             folder = Path("runs", re.sub(r"[^\w.-]", "--", stranger.partition("@")[0]))
             folder.mkdir(parents=True, exist_ok=True)
@@ -1914,6 +2205,8 @@ def run_command(args: Args) -> None:
             remedy = "Log in with `hf auth login`, or train without --repo-id now and push later with --push"
             with one_line(f"access to {args.repo_id}", remedy):
                 claim_repo(args)
+        if args.check_env and rank() == 0:
+            check_world(args)
         run = train(args)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1929,7 +2222,8 @@ def how_to_go_on(args: Args | None) -> str:
     if not args or not list(args.run.glob("checkpoint-*.pt")) or (args.run / "results.json").exists():
         return ""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return f"To go on: {shlex.join([*launcher(processes), '--resume', str(args.run)])}"
+    words = [*launcher(processes, rank_count() // processes), "--resume", str(args.run)]
+    return f"To go on: {shlex.join(words)}"
 
 
 def main(argv: list[str] | None = None) -> int:

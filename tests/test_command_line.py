@@ -4,9 +4,10 @@ import importlib
 import inspect
 import json
 import re
+import shlex
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, asdict, fields, is_dataclass
+from dataclasses import FrozenInstanceError, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
 
@@ -14,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command
+from conftest import QUICK, ROOT, command
 
 import ppo
 
@@ -54,7 +55,7 @@ def without_frames(text):
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "LunarLander-v3", "HalfCheetah-v5", "ALE/Pong-v5", "Taxi-v4"])
 def test_help_shows_the_defaults_of_the_environment(env_id, main):
     code, out, _ = main("--env-id", env_id, "--help")
-    args = ppo.Args(env_id=env_id, **ppo.preset(env_id)[1])
+    args = ppo.parse_args(["--env-id", env_id])
     assert code == 0
     for name in ("env_id", "learning_rate", "num_envs", "total_timesteps", "gamma", "norm_obs"):
         block = re.search(rf"{ppo.flag(name)}[ ,].*?\(default: (\S+)\)", in_one_line(out))
@@ -106,21 +107,49 @@ def test_args_are_one_flat_frozen_dataclass_that_starts_with_the_environment():
      "ALE/Pong-v5", "ALE/Breakout-v5"],
 )  # fmt: skip
 def test_a_preset_applies(env_id):
-    pattern, settings = ppo.preset(env_id)
+    name = ppo.own_preset(env_id)
     args = ppo.parse_args(["--env-id", env_id])
-    assert settings and type(args) is ppo.Args
-    assert args == ppo.Args(env_id=env_id, **ppo.PRESETS[pattern])
+    assert ppo.PRESETS[name] and type(args) is ppo.Args
+    assert args == ppo.usual_args(env_id) == ppo.Args(env_id=env_id, preset=name, **ppo.PRESETS[name])
 
 
-def test_an_environment_without_a_preset_takes_the_general_defaults():
-    assert ppo.parse_args(["--env-id", "Taxi-v4"]) == ppo.Args(env_id="Taxi-v4")
+@pytest.mark.parametrize(
+    "env_id, name, flags",
+    [
+        ("Taxi-v4", "general, discrete actions", []),
+        ("FrozenLake-v1", "general, discrete actions", ["--env-kwargs", "is_slippery", "False"]),
+        ("MountainCarContinuous-v0", "general, continuous actions", []),
+        ("CarRacing-v3", "general, images", ["--env-kwargs", "continuous", "False"]),
+        ("Taxi-v4", "none", ["--preset", "none"]),
+        ("CartPole-v0", "CartPole-v1", ["--preset", "CartPole-v1"]),
+        ("NoSuchWorld-v0", "none", []),  # it will be told when the environment is made
+    ],
+)
+def test_another_environment_takes_the_preset_that_is_named_or_fits_what_can_be_seen(env_id, name, flags):
+    args, settings = ppo.parse_args(["--env-id", env_id, *flags]), ppo.PRESETS[name]
+    assert args == ppo.Args(env_id=env_id, preset=name, **settings | {"env_kwargs": args.env_kwargs})
+    assert args.env_kwargs == ({flags[1]: False} if flags and flags[0] == "--env-kwargs" else {})
+
+
+def test_an_unknown_preset_is_refused_with_the_list(main):
+    code, out, err = main("--preset", "easy")
+    assert (code, out) == (2, "") and err.startswith("error: no preset 'easy'; there are: none; general, discrete")
+    assert all(name in err for name in ppo.PRESETS) and len(err.splitlines()) == 1
+
+
+def test_the_presets_name_is_saved_and_part_of_the_printed_command(main):
+    code, out, _ = main("--env-id", "FrozenLake-v1", "--preset", "Acrobot-v1", *QUICK, "--run-name", "lake")
+    assert code == 0 and "preset: Acrobot-v1 " in out.splitlines()[0]
+    assert ppo.load_args(Path("runs/lake")).preset == "Acrobot-v1"
+    assert "--preset Acrobot-v1" in Path("runs/lake/README.md").read_text()
+    command = shlex.join(["--preset", "general, discrete actions"])
+    assert command in ppo.training_command(ppo.usual_args("Some-v0", "general, discrete actions"))
+    assert "--preset" not in ppo.training_command(ppo.usual_args("CartPole-v1"))
 
 
 def test_the_exact_preset_goes_before_a_pattern(monkeypatch):
     monkeypatch.setattr(ppo, "PRESETS", {"My*": {"gamma": 0.5}, "MyEnv-v0": {"gamma": 0.6}})
-    assert ppo.preset("MyEnv-v0") == ("MyEnv-v0", {"gamma": 0.6})
-    assert ppo.preset("MyOther-v0") == ("My*", {"gamma": 0.5})
-    assert ppo.preset("Other-v0") == (None, {})
+    assert [ppo.own_preset(env_id) for env_id in ("MyEnv-v0", "MyOther-v0", "Other-v0")] == ["MyEnv-v0", "My*", "none"]
 
 
 def test_explicit_flags_win_over_the_preset():
@@ -129,7 +158,7 @@ def test_explicit_flags_win_over_the_preset():
         ["--env-id", "CartPole-v1", "--learning-rate", "1e-5", "--num-envs", "3", "--num-minibatches", "1",
          "--clip-vloss", "--hidden-sizes", "8", "9"]
     )  # fmt: skip
-    assert args == ppo.Args(env_id="CartPole-v1", **(ppo.PRESETS["CartPole-v1"] | given))
+    assert args == replace(ppo.usual_args("CartPole-v1"), **given)
 
 
 @pytest.mark.parametrize("env_id", ["FrozenLake-v1", "ALE/Pong-v5"])

@@ -16,13 +16,16 @@ import ppo
 VECTORIZATIONS = ["sync", "async", "native", "envpool"]
 SHORT = {"total_timesteps": 384, "num_envs": 2, "num_steps": 64, "num_minibatches": 2, "update_epochs": 2,
          "validation_episodes": 0}  # fmt: skip
-AT_ONCE = ["--num-envs", "2", "--num-steps", "8", "--total-timesteps", "16", "--num-minibatches", "2",
+AT_ONCE = ["--preset", "none", "--num-envs", "2", "--num-steps", "8",
+           "--total-timesteps", "16", "--num-minibatches", "2",
            "--eval-episodes", "1"]  # fmt: skip
 
 
 def train(env_id="CartPole-v1", **settings):
     """Three short iterations, unless told otherwise, with the rest of the environment's preset: the run's folder."""
-    return ppo.train(ppo.Args(env_id=env_id, **(ppo.preset(env_id)[1] | SHORT | {"run_name": "short"} | settings)))
+    return ppo.train(
+        ppo.Args(env_id=env_id, **(ppo.PRESETS[ppo.own_preset(env_id)] | SHORT | {"run_name": "short"} | settings))
+    )
 
 
 def assert_learned(run):

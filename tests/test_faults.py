@@ -56,7 +56,8 @@ class Bad(gym.Env):
 gym.register("Bad-v0", Bad)
 """
 RUN = Path("runs", "bad")
-TRAIN = [*QUICK, "--env-id", "bad_world:Bad-v0", "--run-name", "bad", "--total-timesteps", "192", "--num-steps", "8",
+TRAIN = [*QUICK, "--preset", "none", "--env-id", "bad_world:Bad-v0", "--run-name", "bad",
+         "--total-timesteps", "192", "--num-steps", "8",
          "--checkpoint-every", "2", "--validation-episodes", "0"]  # fmt: skip
 RESUME = ["--resume", RUN]
 FAULTY_STEP = 2 * 8 + 2

@@ -307,7 +307,7 @@ def test_a_run_without_any_usable_checkpoint_is_refused_in_one_line_after_naming
     assert error.startswith("error: ") and str(RUN) in error and "no usable checkpoint" in error
 
 
-@pytest.mark.parametrize("version", [1, 3])
+@pytest.mark.parametrize("version", [1, 2, 4])
 def test_a_checkpoint_of_another_format_is_refused_in_one_line(version, unfinished, main):
     newest = checkpoints()[-1]
     rewrite(newest, version=version)

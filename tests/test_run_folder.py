@@ -84,7 +84,7 @@ def test_the_preset_taken_is_printed(trained):
 def test_its_default_name_tells_what_it_is(main):
     code, out, _ = main(*QUICK, "--env-id", "FrozenLake-v1", "--exp-name", "try", "--seed", 5)
     assert code == 0
-    assert re.fullmatch(r"run: runs/FrozenLake-v1__try__5__\d{10}", out.splitlines()[-1])
+    assert re.fullmatch(r"run: runs/FrozenLake-v1__try__5__\d{10}\.\d{3}", out.splitlines()[-1])
 
 
 def test_hyperparameters_load_as_the_arguments_they_were(trained):
@@ -135,7 +135,7 @@ def test_logs_carry_cleanrls_names(trained):
     assert set(scalars(trained.run)) == {
         "charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/learning_rate", "losses/policy_loss",
         "losses/value_loss", "losses/entropy", "losses/old_approx_kl", "losses/approx_kl", "losses/clipfrac",
-        "losses/explained_variance",
+        "losses/explained_variance", "eval/validation", "eval/mean_reward",
     }  # fmt: skip
 
 

@@ -1078,7 +1078,8 @@ def check_world(args: Args, steps: int = 500) -> None:
             env.close()
         except Exception as error:  # it raises at the first fault
             found.append(f"Gymnasium's checker: {first_line(error)}")
-    found += [f"Gymnasium's checker: {first_line(warning.message)}" for warning in caught]
+    plain = [re.sub(r"\x1b\[\d+m|WARN: ", "", first_line(warning.message)) for warning in caught]  # no colours
+    found += [f"Gymnasium's checker: {line}" for line in plain]
 
     env = make()
     obs, _ = env.reset(seed=args.seed)
@@ -1988,7 +1989,8 @@ def check(args: Args) -> None:
         raise ValueError(f"--num-minibatches {minibatches} does not divide the batch of {batch}; near it: {near_it}")
     if args.norm_adv and B == minibatches:
         raise ValueError("--norm-adv needs minibatches of at least 2 rows: lower --num-minibatches")
-    needed = 2 if args.norm_obs or args.norm_reward else 1  # rollouts: the first only fills the statistics
+    fills = (args.norm_obs or args.norm_reward) and not args.init_from
+    needed = 2 if fills else 1  # rollouts: the first only fills the statistics
     if args.num_iterations < needed:
         why = f"{needed} x {batch} (--norm-obs and --norm-reward take the first) = {2 * B}" if needed > 1 else batch
         remedy = "raise it, or lower --num-steps or --num-envs"

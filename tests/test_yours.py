@@ -1,0 +1,498 @@
+"""A world of one's own, and what becomes of its agent: presets that fit, a rate that follows the KL, a look for faults,
+a start from another agent, a window, predict."""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import QUICK, ROOT, command, scalars
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
+from hub_server import Hub
+from safetensors.torch import load_file, save_file
+
+import ppo
+
+
+def weights(run):
+    return load_file(Path(run) / "model.safetensors")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# The learning rate that follows the KL
+
+
+@pytest.mark.parametrize(
+    "lr, kl, then",
+    [
+        (1e-3, 0.0101, 1e-3), (1e-3, 0.0199, 1e-3), (1e-3, 0.0051, 1e-3),
+        (1e-3, 0.0201, 1e-3 / 1.5), (1e-3, 1.0, 1e-3 / 1.5), (1e-3, 0.0049, 1.5e-3), (1e-3, 0.0, 1.5e-3),
+        (1.1e-5, 1.0, 1e-5), (1e-5, 1.0, 1e-5), (9e-3, 0.0, 1e-2), (1e-2, 0.0, 1e-2),
+    ],
+)  # fmt: skip
+def test_the_rate_falls_above_twice_the_desired_kl_and_rises_below_half_of_it(lr, kl, then):
+    args = ppo.Args(desired_kl=0.01, learning_rate=1e-3)
+    assert ppo.follow_kl(lr, kl, args) == pytest.approx(then, rel=1e-12)
+
+
+KL = ["--desired-kl", "0.01", "--update-epochs", "3", "--run-name", "kl", "--checkpoint-every", "1", *QUICK]
+
+
+def test_the_logged_rate_follows_the_kl_of_each_epoch_and_nothing_anneals_it(main, monkeypatch):
+    seen, follow = [], ppo.follow_kl
+    monkeypatch.setattr(
+        ppo, "follow_kl", lambda lr, kl, args: seen.append((lr, kl, follow(lr, kl, args))) or seen[-1][2]
+    )
+    code, _, err = main(*KL)
+    assert code == 0, err
+    assert len(seen) == 4 * 3 and seen[0][0] == ppo.usual_args("CartPole-v1").learning_rate
+    assert [lr for lr, _, _ in seen[1:]] == [then for _, _, then in seen[:-1]]
+    logged = [value for _, value in scalars("runs/kl")["charts/learning_rate"]]
+    assert logged == pytest.approx([then for _, _, then in seen[2::3]]) and len(set(logged)) > 1
+    means = [value for _, value in scalars("runs/kl")["losses/approx_kl"]]
+    epochs = np.reshape([kl for _, kl, _ in seen], (4, 3)).mean(1)
+    assert means == pytest.approx(epochs, rel=1e-4)
+
+
+def test_an_interrupted_run_goes_on_with_the_rate_that_it_had(main):
+    assert main(*KL)[0] == 0
+    first = weights("runs/kl")
+    for file in ("results.json", "model.safetensors", "checkpoint-00000004.pt"):
+        Path("runs/kl", file).unlink()
+    assert main("--resume", "runs/kl")[0] == 0
+    assert equal(weights("runs/kl"), first)
+
+
+@pytest.mark.parametrize("value", ["0", "-0.01", "nan", "inf"])
+def test_a_desired_kl_that_is_none_is_refused(value, main):
+    code, out, err = main("--desired-kl", value)
+    assert (code, out) == (2, "") and "--desired-kl must be above 0 and finite" in err and not Path("runs").exists()
+
+
+# Which preset
+
+
+class Any(gym.Env):
+    """Shows and takes anything of its spaces; the reward is 0."""
+
+    def __init__(self, obs=None, action=None):
+        self.observation_space, self.action_space = obs or Box(-1, 1, (3,)), action or Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), (action, type(action))
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+@pytest.fixture
+def register(monkeypatch):
+    def call(maker, **kwargs):
+        spec = gym.envs.registration.EnvSpec("Mine-v0", entry_point=maker, **kwargs)
+        monkeypatch.setitem(gym.registry, spec.id, spec)
+        return spec.id
+
+    return call
+
+
+IMAGE = Box(0, 255, (40, 40, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "obs, action, kind",
+    [
+        (Box(-1, 1, (3,)), Discrete(2), "discrete actions"), (Discrete(4), MultiBinary(3), "discrete actions"),
+        (Box(0, 255, (7, 7, 3), np.uint8), MultiDiscrete([2, 3]), "discrete actions"),
+        (Box(-1, 1, (3,)), Box(-1, 1, (2,)), "continuous actions"), (IMAGE, Discrete(2), "images"),
+        (Dict(eye=IMAGE, ear=Box(-1, 1, (2,))), Box(-1, 1, (2,)), "images"),
+    ],
+)  # fmt: skip
+def test_the_general_preset_depends_on_spaces_and_trains(obs, action, kind, register, main):
+    env_id = register(functools.partial(Any, obs, action), max_episode_steps=10)
+    code, out, err = main("--env-id", env_id, *QUICK, "--num-envs", 2, "--num-steps", 16, "--total-timesteps", 64)
+    assert code == 0, err
+    assert f"preset: general, {kind} " in out.splitlines()[0]
+
+
+# Faults of a world
+
+
+class Faulty(gym.Env):
+    """Observations leave their space and are of another type; large numbers; lopsided actions; no end."""
+
+    observation_space, action_space = Box(-1, 1, (2,)), Box(np.float32([0, -1]), np.float32([5, 1]))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2), {}
+
+    def step(self, action):
+        return np.array([0.0, 50.0]), -300.0, False, False, {}
+
+
+def checked(env_id, capsys, **settings):
+    capsys.readouterr()
+    ppo.check_world(ppo.Args(env_id=env_id, **settings))
+    out, _ = capsys.readouterr()
+    assert all(line.startswith("check: ") for line in out.splitlines())
+    return out
+
+
+def test_check_env_tells_each_fault_with_its_remedy(register, capsys):
+    out = checked(register(Faulty), capsys)
+    assert "Gymnasium's checker: " in out
+    for words in ("float64, the space says float32", "500 of 500 observations are outside", "max_episode_steps",
+                  "from -300 to -300: try --norm-reward", "from 0 to 50: try --norm-obs", "RescaleAction"):  # fmt: skip
+        assert words in out
+    out = checked(register(Faulty, max_episode_steps=10), capsys, norm_obs=True, norm_reward=True)
+    assert not any(flag in out for flag in ("--norm-obs", "--norm-reward", "max_episode_steps"))
+
+
+class Unfinite(Any):
+    def step(self, action):
+        return np.full(3, np.nan, np.float32), 0.0, False, False, {}
+
+
+def test_check_env_tells_what_is_not_finite(register, capsys):
+    assert "not all finite" in checked(register(Unfinite), capsys)
+
+
+@pytest.mark.parametrize("env_id, known", [("CartPole-v1", "infinity"), ("FrozenLake-v1", ""), ("Pendulum-v1", "Box")])
+def test_check_env_finds_nothing_in_a_good_world(env_id, known, capsys):
+    out = checked(env_id, capsys, norm_reward=True)
+    if known:  # what Gymnasium's checker says of its own worlds' bounds
+        assert all(line.startswith("check: Gymnasium's checker: ") and known in line for line in out.splitlines())
+    else:
+        assert out == "check: no faults found\n"
+
+
+def test_check_env_stops_no_run(main, register):
+    env_id = register(Faulty, max_episode_steps=10)
+    code, out, err = main("--env-id", env_id, "--check-env", *QUICK, "--num-envs", 2, "--num-steps", 16,
+                          "--total-timesteps", 64, "--run-name", "faulty")  # fmt: skip
+    assert code == 0, err
+    assert out.index("check: ") < out.index("run: ") and Path("runs/faulty/results.json").exists()
+
+
+# A start from another agent
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A CartPole agent with statistics, in runs/source of a folder of its own."""
+    folder = tmp_path_factory.mktemp("source")
+    with contextlib.chdir(folder):
+        flags = ["--norm-obs", "--norm-reward", "--total-timesteps", "8192", "--run-name", "source"]
+        assert ppo.main([*QUICK, "--hidden-sizes", "16", *flags]) == 0
+    return folder / "runs" / "source"
+
+
+def test_a_run_starts_from_the_weights_and_statistics_of_another(source, main):
+    code, _, err = main("--init-from", source, *QUICK, "--run-name", "next", "--learning-rate", 1e-5)
+    assert code == 0, err
+    args = ppo.load_args(Path("runs/next"))
+    assert (args.hidden_sizes, args.norm_obs, args.env_id, args.preset) == ((16,), True, "CartPole-v1", "CartPole-v1")
+    assert args.learning_rate == 1e-5 and args.init_from == "runs/source"  # no path of this machine
+    (start,) = Path("runs/next").glob("checkpoint-00000000.pt")
+    saved = torch.load(start, weights_only=True)
+    assert equal({name: saved["agent"][name] for name in weights(source)}, weights(source))
+    assert saved["optimizer"]["steps"] == 0
+
+
+def test_its_statistics_are_not_filled_anew_so_the_first_rollout_is_learned_from(source, main):
+    assert main("--init-from", source, *QUICK, "--total-timesteps", 512, "--run-name", "next")[0] == 0
+    assert not equal(weights("runs/next"), weights(source))
+    assert main("--init-from", source, *QUICK, "--total-timesteps", 1024, "--run-name", "two", "--norm-reward")[0] == 0
+    assert len(scalars("runs/two")["losses/policy_loss"]) == 2
+
+
+def test_statistics_that_the_other_had_not_are_filled_first(main):
+    plain = [*QUICK, "--preset", "none"]
+    assert main(*plain, "--total-timesteps", 512, "--run-name", "plain")[0] == 0
+    code, *_ = main("--init-from", "runs/plain", *plain, "--total-timesteps", 1024, "--norm-reward", "--run-name", "n")
+    assert code == 0 and len(scalars("runs/n")["losses/policy_loss"]) == 1
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--hidden-sizes", "8"], "hidden_sizes [16], not [8]"), (["--no-norm-obs"], "norm_obs True, not False"),
+        (["--env-id", "Acrobot-v1"], "obs_shape [4], not [6]"), (["--activation", "relu"], "activation tanh, not relu"),
+        (["--env-id", "NoSuchWorld-v0"], "NoSuchWorld"), (["--resume", "runs/any"], "--resume and --init-from exclude"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_in_one_line(flags, words, source, main):
+    code, out, err = main("--init-from", source, *flags)
+    assert (code, out, len(err.splitlines())) == (2, "", 1) and words in err and not Path("runs").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "no agent", "truncated", "not finite"])
+def test_a_folder_without_a_sound_agent_is_refused_in_one_line(damage, source, main):
+    copy, agent = Path("copy"), Path("copy", "model.safetensors")
+    if damage != "missing":
+        shutil.copytree(source, copy)
+    if damage == "no agent":
+        agent.unlink()
+    elif damage == "truncated":
+        agent.write_bytes(agent.read_bytes()[:-4])
+    elif damage == "not finite":
+        save_file({name: x * math.nan if x.ndim == 2 else x for name, x in weights(source).items()}, agent)
+    code, out, err = main("--init-from", copy)
+    assert (code, out, len(err.splitlines())) == (2, "", 1) and "copy" in err and not Path("runs").exists()
+
+
+def test_a_resumed_run_never_reads_the_agent_that_it_started_from(source, main):
+    shutil.copytree(source, "gone")
+    flags = [*QUICK, "--run-name", "next", "--checkpoint-every", 1]
+    assert main("--init-from", "gone", *flags)[0] == 0
+    whole = weights("runs/next")
+    for file in ("results.json", "model.safetensors", "checkpoint-00000004.pt"):
+        Path("runs/next", file).unlink()
+    shutil.rmtree("gone")
+    assert main("--resume", "runs/next")[0] == 0
+    assert equal(weights("runs/next"), whole)
+    card = Path("runs/next/README.md").read_text()
+    assert "--init-from runs/gone" in card and str(Path.cwd()) not in card
+
+
+@pytest.mark.slow
+def test_a_cartpole_agent_taken_up_still_scores_above_480_after_8192_steps(main):
+    assert main("--run-name", "first")[0] == 0
+    assert main("--init-from", "runs/first", "--total-timesteps", 8192, "--run-name", "more")[0] == 0
+    assert json.loads(Path("runs/more/results.json").read_text())["mean_reward"] > 480
+
+
+@pytest.fixture
+def online():
+    hub = Hub()
+    yield hub
+    hub.shutdown()
+
+
+def test_a_run_starts_from_an_agent_on_the_hub_and_says_which_commit(source, online, tmp_path):
+    env = {"HF_ENDPOINT": online.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_sentinel_write",
+           "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}  # fmt: skip
+    pushed = command("--push", source, "--repo-id", "tester/start", env=env)
+    assert pushed.returncode == 0, pushed.stderr
+    run = command("--init-from", "tester/start", *QUICK, "--run-name", "next", env=env)
+    assert run.returncode == 0, run.stderr
+    assert ppo.load_args(Path("runs/next")).init_from.startswith("tester/start@")
+    assert "--init-from tester/start@" in Path("runs/next/README.md").read_text()
+
+
+# To watch it
+
+
+def test_render_needs_an_agent(main):
+    code, out, err = main("--render")
+    assert (code, out, len(err.splitlines())) == (2, "", 1) and "--evaluate" in err and not Path("runs").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there always is a display")
+def test_without_a_display_render_says_so_in_one_line(source):
+    done = command("--evaluate", source, "--render", env={"DISPLAY": "", "WAYLAND_DISPLAY": ""})
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert "no display" in done.stderr and "--capture-video" in done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("Xvfb"), reason="needs Xvfb")
+@pytest.mark.parametrize("ending", ["closed", "Ctrl-C"])
+def test_a_window_shows_one_episode_after_the_other_until_the_end(ending, source):
+    read, write = os.pipe()
+    server = subprocess.Popen(["Xvfb", "-displayfd", str(write), "-screen", "0", "800x600x24"], pass_fds=[write],
+                              stderr=subprocess.DEVNULL)  # fmt: skip
+    display = ":" + os.read(read, 16).decode().strip()
+    closing = """
+import sys
+import ppo, pygame
+evaluate, shown = ppo.evaluate, []
+def third(*args, film, **kwargs):  # what a click on the cross does, in the third episode
+    shown.append(args)
+    def filmed(worlds):
+        if len(shown) == 3 and worlds.t == 5:
+            pygame.event.post(pygame.event.Event(pygame.QUIT))
+        return film(worlds)
+    return evaluate(*args, film=filmed, **kwargs)
+ppo.evaluate = third
+sys.exit(ppo.main(sys.argv[1:]))
+"""
+    env = {**os.environ, "DISPLAY": display, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    env.pop("SDL_VIDEODRIVER", None)
+    argv = [sys.executable, "-c", closing, "--evaluate", str(source), "--render"]
+    shown = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        if ending == "Ctrl-C":
+            time.sleep(4)
+            shown.send_signal(2)
+        out, err = shown.communicate(timeout=60)
+    finally:
+        shown.kill()
+        server.terminate()
+    assert shown.returncode == (0 if ending == "closed" else 130), err
+    if ending == "closed":
+        assert out.count("return ") == 3
+
+
+# predict
+
+SPACES = [
+    Discrete(5, start=-2), MultiDiscrete([3, 4], start=[1, 2]), MultiDiscrete([[3, 4], [5, 6]]), MultiBinary(4),
+    MultiBinary([2, 3]), Box(-np.inf, np.inf, (3,)), Box(0, 255, (4, 5), np.uint8), Box(0, 1, (2, 2), np.bool_),
+    Box(np.array([-1, -2.0]), np.array([1, np.inf]), dtype=np.float64), IMAGE,
+    Dict(z=Discrete(3), a=Tuple([Box(0, 1, (2, 2)), MultiBinary(3)]), eye=IMAGE),
+]  # fmt: skip
+ACTIONS = [s for s in SPACES if not isinstance(s, Dict) and not (isinstance(s, Box) and s.dtype.kind != "f")]
+
+
+def untrained(env_id, **settings):
+    args = ppo.Args(env_id=env_id, hidden_sizes=(8,), **settings)
+    envs, *_ = ppo.make_envs(args, [1])
+    envs.close()
+    return ppo.Agent(**json.loads(json.dumps(ppo.agent_config(args, envs))))
+
+
+@pytest.mark.parametrize("action", ACTIONS, ids=str)
+@pytest.mark.parametrize("obs", SPACES, ids=str)
+def test_the_environment_takes_what_predict_gives_for_what_it_showed(obs, action, register):
+    agent, env = untrained(register(functools.partial(Any, obs, action))), Any(obs, action)
+    shown, _ = env.reset(seed=1)
+    for deterministic in (True, False):
+        shown, *_ = env.step(agent.predict(shown, deterministic))
+    batch = [obs.sample() for _ in range(3)]
+    joined = gym.vector.utils.concatenate(obs, batch, gym.vector.utils.create_empty_array(obs, 3))
+    answers = agent.predict(joined)
+    assert len(answers) == 3 and all(a in action for a in answers)
+    for shown, answer in zip(batch, answers):
+        assert np.allclose(agent.predict(shown), answer, atol=1e-5)
+
+
+@pytest.mark.parametrize("space", SPACES, ids=str)
+def test_a_space_comes_back_from_json_as_it_was(space):
+    text = json.dumps(ppo.describe(space), allow_nan=False)
+    back = ppo.build_space(json.loads(text))
+    assert ppo.describe(back) == json.loads(text)
+    space.seed(1)
+    back.seed(1)
+    assert str(space.sample()) == str(back.sample()) or isinstance(space, (Box, Dict))  # a Box's infinity is large now
+
+
+def test_predict_equals_the_evaluation(source):
+    args, agent = ppo.load_args(source), ppo.Agent.from_pretrained(str(source), strict=True)
+    returns, lengths = ppo.evaluate(agent, args, 3)
+    for seed, total in zip(ppo.seeds(args.seed, ppo.EVALUATION, n=3), returns):
+        env = gym.make(args.env_id)
+        (obs, _), paid, done = env.reset(seed=seed), 0.0, False
+        while not done:
+            obs, reward, terminated, truncated, _ = env.step(agent.predict(obs))
+            paid, done = paid + reward, terminated or truncated
+        if args.vectorization == "sync":
+            assert paid == total
+        assert paid > 0
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (5,), (2, 5), (2, 3, 4)])
+def test_a_wrong_shape_is_a_value_error_that_names_both(shape, source):
+    agent = ppo.Agent.from_pretrained(str(source), strict=True)
+    with pytest.raises(ValueError, match=r"has shape \[4\].*got \[" + ", ".join(map(str, shape))):
+        agent.predict(np.zeros(shape))
+
+
+def test_an_agent_that_knows_no_spaces_says_so():
+    agent = ppo.Agent([4], [], [2], hidden_sizes=[8])
+    with pytest.raises(ValueError, match="without its spaces"):
+        agent.predict(np.zeros(4))
+
+
+# EnvPool's own worlds
+
+
+@pytest.mark.parametrize("env_id", ["WalkerWalk-v1", "MiniGrid-Empty-5x5-v0"])
+def test_a_world_that_envpool_alone_knows_trains_and_is_evaluated(env_id, main):
+    pytest.importorskip("envpool")
+    code, out, err = main("--env-id", env_id, "--vectorization", "envpool", *QUICK, "--eval-episodes", 2,
+                          "--capture-video", "--run-name", "pool")  # fmt: skip
+    assert code == 0, err
+    assert f"{env_id}: mean_reward" in out and "no video: Stop: EnvPool draws no pictures" in err
+    assert main("--evaluate", "runs/pool", "--eval-episodes", 2)[0] == 0
+
+
+def test_an_envpool_id_that_nobody_knows_is_refused_in_one_line(main):
+    code, out, err = main("--env-id", "NoSuchWorld-v0", "--vectorization", "envpool")
+    assert (code, out, len(err.splitlines())) == (2, "", 1) and "NoSuchWorld" in err and not Path("runs").exists()
+
+
+# Small things
+
+
+def test_two_runs_started_at_once_do_not_share_a_folder():
+    names = {ppo.Args(seed=1).run.name for _ in range(3) if time.sleep(0.002) is None}
+    assert len(names) == 3
+
+
+def test_library_use_names_no_preset_that_was_not_applied(capsys):
+    ppo.train(ppo.Args(total_timesteps=512, validation_episodes=0, run_name="lib"))
+    assert "preset: none " in capsys.readouterr().out
+
+
+def test_scores_are_in_the_logs(main):
+    assert main(*QUICK, "--checkpoint-every", 2, "--run-name", "scored")[0] == 0
+    logs, results = scalars("runs/scored"), json.loads(Path("runs/scored/results.json").read_text())
+    assert [step for step, _ in logs["eval/validation"]] == [step for step, _ in logs["charts/SPS"]][1::2]
+    assert logs["eval/validation"][-1][1] == pytest.approx(results["validation"]["last"])
+    assert logs["eval/mean_reward"][-1][1] == pytest.approx(results["mean_reward"])
+
+
+def test_files_can_be_read_by_whom_the_umask_allows(source):
+    modes = {path.name: path.stat().st_mode & 0o777 for path in source.iterdir()}
+    assert set(modes.values()) == {0o666 & ~(umask := os.umask(0))} and os.umask(umask) == 0, modes
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    with pytest.raises(ValueError, match="a pickle is not opened"):
+        ppo.Agent._load_as_pickle(None, tmp_path / "pytorch_model.bin", "cpu", True)
+
+
+class Stuck(gym.Env):
+    """Greedy agents that always push stay where they are, for nothing; chance gets them out, for 1 a step."""
+
+    observation_space, action_space = Box(-1, 1, (1,)), Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.last, self.t = 0, 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        changed, self.last, self.t = float(action != self.last and self.t > 0), action, self.t + 1
+        return np.zeros(1, np.float32), changed, False, self.t == 50, {}
+
+
+def test_a_greedy_policy_that_is_stuck_is_warned_of(main, register):
+    code, _, err = main("--env-id", register(Stuck), *QUICK, "--preset", "none", "--eval-episodes", 10)
+    assert code == 0 and "warning: sampled it scores" in err and "--no-deterministic" in err
+
+
+def test_printed_commands_know_of_several_machines(monkeypatch):
+    for name, value in {"GROUP_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    words = "torchrun --nnodes 2 --node-rank 1 --master-addr 10.0.0.1 --master-port 29500 --nproc-per-node 3 ppo.py"
+    assert ppo.launcher(3, 2) == words.split()
+    assert ppo.launcher(1) == ["python", "ppo.py"]
+    assert ppo.launcher(2) == "torchrun --nproc-per-node 2 ppo.py".split()
+    monkeypatch.delenv("GROUP_RANK")
+    assert "--nnodes 2 --node-rank GROUP_RANK" in ppo.training_command(ppo.usual_args("CartPole-v1"), 4, 2)

@@ -29,8 +29,10 @@ PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.gl
 README, DETAILS = (PAGES[ROOT / name] for name in ("README.md", "runs/reference/details.md"))
 TEXT = "\n".join(PAGES.values())
 PROSE = re.sub(r"<!-- results -->.*?<!-- /results -->", "", TEXT, flags=re.DOTALL)  # that is made by reference.py
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", TEXT, re.DOTALL | re.MULTILINE)
+COOKED = "\n".join(text for page, text in PAGES.items() if page.name != "recipes.md")  # see test_recipes.py
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", COOKED, re.DOTALL | re.MULTILINE)
 SETUP, *SHELL = [(code.splitlines(), shown.splitlines()) for kind, code, shown in BLOCKS if kind == "bash"]
+SHELL = [(code, shown) for code, shown in SHELL if "--render" not in code[0]]  # it needs a display: see test_yours.py
 PYTHON = [code for kind, code, _ in BLOCKS if kind == "python"]
 OWN_FILES = {code.splitlines()[0].removeprefix("# "): code for code in PYTHON if code.startswith("# ")}
 FORKS = [name for name, code in OWN_FILES.items() if re.search(r"^(import|from) ppo\b", code, re.MULTILINE)]
@@ -43,6 +45,7 @@ SCORE = r"mean_reward \S+ \+/- \S+ over {} greedy episodes"
 CASES = [  # command, the flags that shorten it, what it prints
     (r"python \w+\.py --evaluate \S+( --capture-video)?", "--eval-episodes 2", SCORE.format(2)),
     (r"python ppo\.py --push \S+ --repo-id \S+", "", r"^pushed: http\S+/commit/\w+$"),
+    (r"python ppo\.py --init-from \S+ --total-timesteps 1000000", BRIEFLY, SCORE.format(2)),
     (r"python ppo\.py --resume \S+", "", r"^step +2,0\d\d "),
     (r"python ppo\.py --env-id ALE/\S+", AT_ONCE, SCORE.format(1)),
     (r"python \w+\.py --env-id \S+( --.*)?", BRIEFLY, SCORE.format(2)),
@@ -202,7 +205,8 @@ def test_the_agent_acts_in_python(clone):
     folder, env = clone
     (run,) = (folder / "runs").iterdir()
     (code,) = (code for code in PYTHON if code not in OWN_FILES.values())
-    code = code.replace("<run>", run.name) + "assert env.action_space.contains(action)"
+    code = code.replace("<run>", run.name) + "assert np.isfinite(reward)"
+    code = "import numpy as np\n" + code
     assert subprocess.run([sys.executable, "-c", code], cwd=folder, env=env).returncode == 0
 
 
@@ -275,7 +279,11 @@ def test_other_names_of_functions_and_flags_exist_too():
     assert len(flags) > 20 and len(names) > 15
     missing = {name for name in flags | names if not exists(name)}
     others = {"--help", "--slow", "HF_TOKEN"}  # tyro's, pytest's and the Hub's
-    assert missing == others | {"get_value", "get_action_and_value"}  # the first edition's
+    assert missing == others | {
+        "get_value",
+        "get_action_and_value",
+        "checkpoint_every",
+    }  # the first edition's; a field of Args
 
 
 def test_every_test_that_is_named_exists():
@@ -296,7 +304,8 @@ def test_local_links_lead_somewhere(page):
 
 def test_every_page_and_picture_is_linked_from_the_readme():
     pages = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("runs/reference/*.*") if path.suffix != ".json"}
-    assert pages == set(re.findall(r"\]\((runs/reference/[^)]+)\)", README))
+    assert "course.ipynb" in PAGES[ROOT / "runs/reference/recipes.md"]
+    assert pages - {"runs/reference/course.ipynb"} == set(re.findall(r"\]\((runs/reference/[^)]+)\)", README))
 
 
 def test_the_sections_of_the_file_are_listed_in_their_order():

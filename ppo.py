@@ -1621,7 +1621,7 @@ def publish(run: Path, state: State) -> Path:
     return run
 
 
-def finish(args: Args, run: Path) -> None:
+def finish(args: Args, run: Path) -> dict[str, Any]:
     """After training: evaluate what was saved, and leave results, card and all else that a push needs."""
     saved_args = load_args(run)  # what `auto` chose, and no path
     args = replace(args, precision=saved_args.precision, init_from=saved_args.init_from)
@@ -1658,6 +1658,7 @@ def finish(args: Args, run: Path) -> None:
     draw_curve(args, run, saved["curve"])
     write_file(run / "README.md", model_card(args, run, args.repo_id or f"runs/{run.name}", results).encode())
     write_json(run / "results.json", results)  # last: it says that the run is finished
+    return results
 
 
 def log_score(args: Args, run: Path, score: float, step: int) -> None:
@@ -2185,17 +2186,21 @@ def on_signal(signum: int, frame) -> None:
     raise KeyboardInterrupt(signum)
 
 
-def run_command(args: Args) -> None:
-    """What the flags ask for: play, push, or train and all that follows. Only rank 0 goes on after training."""
+def run_command(args: Args) -> dict[str, Any] | None:
+    """What the flags ask for: play, push, or train and all that follows. Only rank 0 goes on after training.
+
+    Returns what results.json holds, where there was something to score.
+    """
     if args.evaluate:
         folder, stranger = policy_folder(args.evaluate)
         agent = load_agent(folder, args, stranger)
         if args.render:
-            return watch(agent, args)
+            watch(agent, args)
+            return None
         if stranger and args.capture_video:  # nothing is written beside what was downloaded
             folder = Path("runs", re.sub(r"[^\w.-]", "--", stranger.partition("@")[0]))
             folder.mkdir(parents=True, exist_ok=True)
-        play(replace(args, repo_id=None), folder, agent)
+        return play(replace(args, repo_id=None), folder, agent)
     elif args.push:
         push(args, Path(args.push))
     elif args.resume and (Path(args.resume) / "results.json").exists():
@@ -2213,10 +2218,12 @@ def run_command(args: Args) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
         if rank() == 0:
-            finish(args, run)
+            results = finish(args, run)
             if args.repo_id:
                 push(args, run)
             print(f"run: {run}")
+            return results
+    return None
 
 
 def how_to_go_on(args: Args | None) -> str:

@@ -118,6 +118,7 @@ class WorldArgs:
     episodic_life: bool = False  # a lost life counts as a termination, as usual for Atari
     clip_reward: bool = False  # learn from the sign of the reward only, as usual for Atari
     norm_reward: bool = False  # divide rewards by the running deviation of their discounted sum
+    action_masks: bool = True  # never choose what the environment forbids, where it tells
     check_env: bool = False  # before training, look for what may spoil it, and say what to do about it
 
 
@@ -149,6 +150,7 @@ class NetworkArgs:
 
     hidden_sizes: tuple[Count, ...] = (64, 64)  # layers of actor and critic (images: of the heads on the Nature CNN)
     activation: Literal["tanh", "relu"] = "tanh"  # between those layers
+    lstm_hidden_size: Annotated[int, "from 0 to 4096", 0, 4096] = 0  # units of memory below the heads; 0, or 64 to 512
     norm_obs: bool = False  # standardise vectors by their running mean and variance
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of convolutions; auto: bfloat16 where it is native
     logstd_init: Annotated[float, "from -20 to 2", -20, 2] = 0.0  # initial log standard deviation of continuous actions
@@ -273,7 +275,8 @@ class Agent(nn.Module, hub.PyTorchModelHubMixin):
     Nature CNN below both [Atari 8]. `nvec` holds the number of choices of each discrete component
     of an action, None means a Box. `parts` is what an observation consists of where that is more
     than one vector, see `obs_parts`; `spaces` are the environment's own, of observations and of
-    actions, see `describe`. `network` are the fields of NetworkArgs. All are JSON: config.json.
+    actions, see `describe`. With `masks`, an observation ends with one number for each choice: 1
+    where it is allowed. `network` are the fields of NetworkArgs. All are JSON: config.json.
     """
 
     def __init__(
@@ -283,48 +286,68 @@ class Agent(nn.Module, hub.PyTorchModelHubMixin):
         nvec: list[int] | None,
         parts: list | None = None,
         spaces: list[dict] | None = None,
+        masks: str | None = None,
         **network,
     ):
         super().__init__()
         self.obs_shape, self.action_shape, self.nvec = obs_shape, action_shape, nvec
-        self.spaces = spaces
+        self.spaces, self.masks = spaces, masks
+        self.reset()
         self.network = NetworkArgs(**network)
         self.kind = Categorical if nvec else Gaussian
         self.outputs = sum(nvec) if nvec else math.prod(action_shape)
 
-        self.trunk = make_trunk(obs_shape, parts, self.network.precision)
-        features = self.trunk.features if self.trunk else obs_shape[0]
+        seen = [obs_shape[0] - self.outputs] if masks else obs_shape
+        self.trunk = make_trunk(seen, parts, self.network.precision)
+        features = self.trunk.features if self.trunk else seen[0]
+        units = self.network.lstm_hidden_size
+        self.memory = Memory(features, units) if units else None
+        features = units or features
         hidden, activation = self.network.hidden_sizes, self.network.activation
         self.actor = mlp([features, *hidden, self.outputs], activation, gain=0.01)  # near uniform, or near 0, at first
         self.critic = mlp([features, *hidden, 1], activation, gain=1.0)
         if not nvec:
             self.logstd = nn.Parameter(torch.full((self.outputs,), self.network.logstd_init))
 
-        self.obs_stats = RunningMeanStd(() if self.trunk else tuple(obs_shape))
+        self.obs_stats = RunningMeanStd(() if self.trunk else tuple(seen))
         self.return_stats = RunningMeanStd(())
 
     def encode(self, obs: Tensor) -> Tensor:  # [..., *obs_shape] -> [..., features]
+        if self.masks:
+            obs = obs[..., : -self.outputs]
         if self.trunk:
             lead = obs.shape[: obs.ndim - len(self.obs_shape)]
-            return self.trunk(obs.reshape(-1, math.prod(self.obs_shape))).view(*lead, -1)
+            return self.trunk(obs.reshape(lead.numel(), -1)).view(*lead, -1)
         if self.network.norm_obs:  # [continuous 6, 7]
             obs = (obs - self.obs_stats.mean) / self.obs_stats.std
             return obs.float().clamp(-10, 10)
         return obs.float()
 
-    def policy(self, features: Tensor) -> Categorical | Gaussian:
+    def policy(self, features: Tensor, obs: Tensor) -> Categorical | Gaussian:
         """pi(. | s), for acting and for learning alike."""
         out = self.actor(features)
+        if self.masks:  # what is forbidden has probability 0, and no gradient
+            out = out.masked_fill(obs[..., -self.outputs :] == 0, torch.finfo(out.dtype).min)
         return Categorical(out, self.nvec) if self.nvec else Gaussian(out, self.logstd)
 
-    def act(self, obs: Tensor, noise: Tensor | float = 0.0) -> Tensor:
-        """The action that this noise selects, [..., *action_shape]; without noise the mode: the greedy action."""
-        action = self.policy(self.encode(obs)).choose(noise)
+    def act(self, obs: Tensor, noise: Tensor | float = 0.0, memory: Tensor | None = None) -> Tensor:
+        """The action that this noise selects, [..., *action_shape]; without noise the mode: the greedy action.
+
+        A policy that remembers reads the memory, [2, N, units], and writes it anew.
+        """
+        features = self.encode(obs)
+        if self.memory:
+            features = self.memory.step(features, memory)
+        action = self.policy(features, obs).choose(noise)
         return action.view((*action.shape[:-1], *self.action_shape))
 
-    def predict(self, obs: Any, deterministic: bool = True) -> np.ndarray:
+    def predict(self, obs: Any, deterministic: bool = True, mask: np.ndarray | None = None) -> np.ndarray:
         """What `env.step` takes for what the environment showed: NumPy to NumPy, also of a batch, for a batch."""
-        return predict(self, obs, deterministic)
+        return predict(self, obs, deterministic, mask)
+
+    def reset(self) -> None:
+        """Forget what `predict` remembers: an episode begins."""
+        self.recalled: Tensor | None = None
 
     def sample_noise(self, *shape: int, generator: torch.Generator | None = None) -> Tensor:
         """What makes `act` sample, [*shape, outputs]."""
@@ -333,10 +356,12 @@ class Agent(nn.Module, hub.PyTorchModelHubMixin):
 
     def replay(self, x: "Rollout | Batch") -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of the actions taken, entropies there, and values; of a rollout obs[T]'s, too."""
-        features = self.encode(x.obs)
+        obs, features = x.obs, self.encode(x.obs)
+        if self.memory:
+            obs, features = self.memory(features, x)
         acted = features[: len(x.actions)]
         actions = x.actions.reshape(*acted.shape[:-1], -1)
-        logprobs, entropies = self.policy(acted).logprob_and_entropy(actions)
+        logprobs, entropies = self.policy(acted, obs[: len(actions)]).logprob_and_entropy(actions)
         return logprobs, entropies, self.critic(features).squeeze(-1)
 
     @property
@@ -479,6 +504,7 @@ class Rollout:
     terminated: np.ndarray
     done: np.ndarray
     valid: np.ndarray
+    memory: Tensor  # [2, N, units], as it was before the first row; without an LSTM, of no units
 
     def split(self, n: int) -> "list[Rollout]":
         """Parts of n environments each."""
@@ -494,10 +520,11 @@ def collect(agent: Agent, worlds: "Worlds", rollout: Rollout, generator: torch.G
     """
     T, N = rollout.rewards.shape
     noise, device = agent.sample_noise(T, N, generator=generator), agent.device
+    rollout.memory.copy_(worlds.memory)
     for t in range(T):
         rollout.obs[t] = to_torch(worlds.obs, device)
         rollout.valid[t] = ~worlds.resetting
-        rollout.actions[t] = agent.act(rollout.obs[t], noise[t])
+        rollout.actions[t] = agent.act(rollout.obs[t], noise[t], worlds.memory)
         rollout.rewards[t], rollout.terminated[t], rollout.done[t] = worlds.step(rollout.actions[t])
     rollout.obs[T] = to_torch(worlds.obs, device)
 
@@ -540,7 +567,7 @@ def estimate(agent: Agent, rollout: Rollout, args: Args) -> Batch:
 
 def minibatches(
     batch: Batch,
-    valid: np.ndarray,
+    rollout: Rollout,
     share: float,
     args: Args,
     generator: torch.Generator,
@@ -549,6 +576,7 @@ def minibatches(
 
     Resets leave fewer than N T rows; the order is repeated to fill up, so every minibatch has M.
     """
+    valid = rollout.valid
     B, M = valid.size, valid.size // args.num_minibatches
     flat = Batch(*(column.flatten(0, 1) for column in vars(batch).values()))  # [N T, ...]
     rows = to_torch(np.flatnonzero(valid), generator.device)
@@ -614,6 +642,7 @@ def train(args: Args) -> Path:
     agent, optimizer, generator = state.agent, state.optimizer, state.generator
     gradient_fn = compile_gradient(agent, args) if args.compile else compute_gradient
     T, N = args.num_steps, args.num_envs // rank_count()
+    epoch = whole_environments if agent.memory else minibatches
     rollout = empty_rollout(agent, T, N)
     log = Log(args, run, state)
     if state.iteration == 0:
@@ -638,7 +667,7 @@ def train(args: Args) -> Path:
             K = 0 if priming else args.update_epochs
             for _ in range(K):
                 kl = torch.zeros((), device=agent.device)  # mean over the epoch
-                for minibatch in minibatches(batch, rollout.valid, share, args, generator):
+                for minibatch in epoch(batch, rollout, share, args, generator):
                     gradient, metrics = gradient_fn(agent, minibatch, args)
                     gradient, metrics = mean_over_ranks(gradient, metrics, share)
                     check_finite(gradient, metrics, iteration)
@@ -665,7 +694,85 @@ def train(args: Args) -> Path:
     return publish(run, state)
 
 
-# ---- Observations of several parts -------------------------------------------
+# ---- Memory: what an observation does not show -------------------------------
+
+
+class Memory(nn.LSTM):
+    """One LSTM layer between encoder and heads. Its state, h and c, is [2, N, units]."""
+
+    def __init__(self, features: int, units: int):
+        super().__init__(features, units)
+        for name, x in self.named_parameters():  # [LSTM 1]
+            nn.init.zeros_(x) if "bias" in name else nn.init.orthogonal_(x)
+
+    def step(self, features: Tensor, memory: Tensor) -> Tensor:
+        """One step of N environments, [N, features] to [N, units], or of one; `memory` is written anew, in place."""
+        h, c = memory.to(features.device).split(1)
+        out, state = super().forward(features.reshape(1, -1, self.input_size), (h.contiguous(), c.contiguous()))
+        memory.copy_(torch.cat(state))
+        return out.view(*features.shape[:-1], -1)
+
+    def forward(self, features: Tensor, x: "Rollout | Chapters") -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Observations and features of all steps of N environments again [LSTM 5]; of a minibatch, at its rows.
+
+        Each episode, or what the rollout has of it, becomes a sequence of its own, so that the LSTM is called once.
+        It begins at a state of zero [LSTM 2] or, at the first row, at the state that the rollout began with.
+        """
+        T, N, _ = features.shape
+        first = torch.zeros(T, N, dtype=torch.bool, device=features.device)
+        first[0] = True
+        first[1:] = ~to_torch(x.valid, features.device)[: T - 1]  # the row after a reset
+        flat = features.transpose(0, 1).flatten(0, 1)  # one environment after the other
+        begins = first.T.flatten().nonzero().squeeze(1)
+        lengths = torch.diff(begins, append=begins.new_tensor([T * N]))
+        sequences = nn.utils.rnn.pad_sequence(flat.split(lengths.tolist()))  # [longest, number, features]
+        state = sequences.new_zeros(2, len(begins), self.hidden_size)
+        state[:, begins % T == 0] = x.memory
+        out, _ = super().forward(sequences, tuple(state.split(1)))
+        inside = torch.arange(len(out), device=begins.device) < lengths.unsqueeze(1)  # not padding
+        out = out.transpose(0, 1)[inside].view(N, T, -1).transpose(0, 1)
+        if isinstance(x, Chapters):
+            return x.obs.flatten(0, 1)[x.rows], out.flatten(0, 1)[x.rows]
+        return x.obs, out
+
+
+@dataclass
+class Chapters(Batch):
+    """A minibatch of n environments' whole rollouts, of which the M valid rows are learned."""
+
+    obs: Tensor  # [T, n, *obs_shape]; all that Batch has besides, [M, ...]
+    valid: np.ndarray  # [T, n]
+    memory: Tensor  # [2, n, units]
+    rows: Tensor  # [M], among T n
+
+
+def whole_environments(
+    batch: Batch,
+    rollout: Rollout,
+    share: float,
+    args: Args,
+    generator: torch.Generator,
+) -> Iterator[Chapters]:
+    """One epoch for a policy with memory: a few environments at a time, from the first step to the last [LSTM 4].
+
+    As in `minibatches`, valid rows are repeated, at random, to fill up.
+    """
+    T, N = rollout.valid.shape
+    order = torch.randperm(N, generator=generator, device=generator.device)
+    for envs in order.view(args.num_minibatches, -1):
+        valid = rollout.valid[:, envs.cpu().numpy()]
+        rows = to_torch(np.flatnonzero(valid), generator.device)
+        shuffled = rows[torch.randperm(len(rows), generator=generator, device=generator.device)]
+        rows = shuffled.repeat(math.ceil(valid.size / len(rows)))[: valid.size]
+        part = Batch(*(column[:, envs] for column in vars(batch).values()))
+        minibatch = Batch(*(column.flatten(0, 1)[rows] for name, column in vars(part).items()))
+        if args.norm_adv:
+            minibatch.advantages = standardize(minibatch.advantages, share)
+        kept = vars(minibatch) | {"obs": part.obs}
+        yield Chapters(**kept, valid=valid, memory=rollout.memory[:, envs], rows=rows)
+
+
+# ---- Spaces: observations of several parts, and predict ----------------------
 
 
 class Senses(nn.ModuleList):
@@ -703,15 +810,25 @@ def channels_first(images: Tensor, shape: list[int]) -> Tensor:
 
 
 @torch.inference_mode()
-def predict(agent: Agent, obs: Any, deterministic: bool) -> np.ndarray:
+def predict(agent: Agent, obs: Any, deterministic: bool, mask: np.ndarray | None) -> np.ndarray:
     """See Agent.predict. ValueError if shapes do not fit, or if the agent's config.json does not know the spaces."""
     if not agent.spaces:
         raise ValueError("this agent was saved by an earlier edition, without its spaces: use agent.act, with tensors")
     obs_space, action_space = map(build_space, agent.spaces)
-    rows = torch.as_tensor(flatten_obs(obs, obs_space).copy()).to(agent.device)
-    lead = rows.shape[:-1]
+    if agent.masks == "observation":
+        mask = obs["action_mask"]
+        obs_space = without_mask(obs_space)
+    flat = flatten_obs(obs, obs_space)
+    lead = flat.shape[:-1]
+    if agent.masks:
+        if mask is None:
+            raise ValueError("this policy was trained with action masks: give the mask, too")
+        flat = np.concatenate([flat, np.reshape(mask, (*lead, agent.outputs))], -1)
+    if agent.memory and (agent.recalled is None or agent.recalled.shape[1] != math.prod(lead)):
+        agent.recalled = torch.zeros(2, math.prod(lead), agent.network.lstm_hidden_size)
+    rows = torch.as_tensor(flat.copy()).to(agent.device)
     noise = 0.0 if deterministic else agent.sample_noise(*lead)
-    action = agent.act(rows.view(*lead, *agent.obs_shape), noise)
+    action = agent.act(rows.view(*lead, *agent.obs_shape), noise, agent.recalled)
     return to_env(action, action_space)[()]  # of an array without axes, its number
 
 
@@ -808,7 +925,8 @@ def update_statistics(agent: Agent, worlds: "Worlds", rollout: Rollout, args: Ar
         sums = accumulate(rollout.rewards, rollout.done, worlds.discounted, args.gamma)
         agent.return_stats.update(to_torch(sums, agent.device)[valid])
     if args.norm_obs:
-        agent.obs_stats.update(rollout.obs[:-1][valid])
+        rows = rollout.obs[:-1][valid]
+        agent.obs_stats.update(rows[..., : -agent.outputs] if agent.masks else rows)
 
 
 def accumulate(x: np.ndarray, done: np.ndarray, carry: np.ndarray, gamma: float = 1.0) -> np.ndarray:
@@ -844,6 +962,9 @@ class Worlds:
         self.lives = info["lives"].copy() if args.episodic_life else None
         self.resetting = np.zeros(len(seeds), dtype=bool)  # the episode has ended: the next step is its reset
         self.returned, self.length, self.discounted = np.zeros((3, len(seeds)))
+        self.memory = torch.zeros(
+            2, len(seeds), args.lstm_hidden_size
+        )  # of the episodes under way, empty at their start
 
     def step(self, actions: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rewards, terminated (or a life lost) and done, [N] each."""
@@ -854,6 +975,8 @@ class Worlds:
         if self.lives is not None:  # [Atari 3]
             terminated = terminated | (info["lives"] < self.lives)
             self.lives = info["lives"].copy()
+        if self.memory.numel():
+            self.memory[:, self.resetting] = 0  # the next observation is an episode's first [LSTM 3]
         self.resetting = done
         self.t += 1
         return rewards, terminated, done
@@ -872,7 +995,8 @@ def empty_rollout(agent: Agent, T: int, N: int) -> Rollout:
     action_type = torch.int64 if agent.nvec else None
     obs = torch.zeros(T + 1, N, *agent.obs_shape, dtype=obs_type, device=agent.device)
     actions = torch.zeros(T, N, *agent.action_shape, dtype=action_type, device=agent.device)
-    return Rollout(obs, actions, np.zeros((T, N)), *np.zeros((3, T, N), dtype=bool))
+    memory = torch.zeros(2, N, agent.network.lstm_hidden_size, device=agent.device)
+    return Rollout(obs, actions, np.zeros((T, N)), *np.zeros((3, T, N), dtype=bool), memory)
 
 
 def make_envs(args: Args, seeds: list[int], training: bool = True, render: bool = False):
@@ -902,6 +1026,8 @@ def make_envs(args: Args, seeds: list[int], training: bool = True, render: bool 
     next_step = gym.vector.AutoresetMode.NEXT_STEP
     if envs.metadata.get("autoreset_mode", next_step) != next_step:
         raise Stop(f"{args.env_id} does not reset in NEXT_STEP mode, as training needs: try --vectorization sync")
+    if args.action_masks and (told := where_masks_are(args, envs)):
+        envs = Masked(envs, told)
     envs = vectors_or_images(args, envs)
     seed = {"native": seeds[0], "envpool": None}.get(mode, seeds)  # EnvPool has its seeds
     return envs, *ask(envs, "at its reset", envs.reset, seed=seed)
@@ -918,6 +1044,76 @@ def vectors_or_images(args: Args, envs):
     flat = gym.spaces.flatten_space(space)
     flatten = partial(flatten_obs, space=space)
     return gym.wrappers.vector.TransformObservation(envs, flatten, single_observation_space=flat)
+
+
+class Masked(gym.vector.VectorWrapper):
+    """Observations with the mask of allowed actions behind them, 1 or 0 for each choice, wherever it is told.
+
+    An environment that tells none allows all, and so do the last observations of episodes, where nothing is chosen.
+    """
+
+    def __init__(self, envs, told: str):
+        super().__init__(envs)
+        self.told, act = told, envs.single_action_space
+        self.nvec = np.atleast_1d(act.n if isinstance(act, gym.spaces.Discrete) else act.nvec.flatten())
+        mask = gym.spaces.MultiBinary(int(self.nvec.sum()))
+        self.single_observation_space = gym.spaces.Tuple([without_mask(envs.single_observation_space), mask])
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        return self.join(obs, info, np.zeros(self.num_envs, dtype=bool)), info
+
+    def step(self, actions):
+        obs, rewards, terminated, truncated, info = self.env.step(actions)
+        return self.join(obs, info, terminated | truncated), rewards, terminated, truncated, info
+
+    def join(self, obs: Any, info: dict[str, Any], done: np.ndarray) -> tuple:
+        silent = np.zeros(self.num_envs, dtype=bool)
+        if self.told == "observation":
+            given = obs["action_mask"]
+        elif self.told == "method":
+            given = self.env.call("action_masks")  # type: ignore[attr-defined]
+        else:
+            given = info.get("action_mask", [()] * self.num_envs)
+            silent = ~info.get("_action_mask", silent)
+        allowed = np.ones((self.num_envs, self.nvec.sum()), dtype=np.int8)
+        for i in np.flatnonzero(~silent & ~done):
+            mask = np.hstack(given[i])  # MultiDiscrete's may come in parts
+            if mask.shape != allowed[i].shape or not np.isin(mask, (0, 1)).all():
+                raise Stop(f"environment {i} gave an action mask that is not {len(allowed[i])} times 0 or 1: {mask}")
+            if not np.logical_or.reduceat(mask, np.cumsum(self.nvec) - self.nvec).all():
+                raise Stop(f"environment {i} allows no action: its mask is {mask}")
+            allowed[i] = mask
+        return obs, allowed
+
+
+def without_mask(space: gym.Space) -> gym.Space:
+    """What is left to see; of a Dict, all but its mask."""
+    if not isinstance(space, gym.spaces.Dict) or "action_mask" not in space.keys():
+        return space
+    return gym.spaces.Dict([(name, part) for name, part in space.items() if name != "action_mask"])
+
+
+def where_masks_are(args: Args, envs) -> str | None:
+    """By which of three conventions the environment tells what it allows; None: by none of them."""
+    space, name = envs.single_observation_space, f"{args.env_id} {args.env_kwargs}"
+    if not isinstance(envs.single_action_space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)):
+        return None
+    if isinstance(space, gym.spaces.Dict) and "action_mask" in space.keys():
+        return "observation"
+    if not isinstance(envs, (gym.vector.SyncVectorEnv, gym.vector.AsyncVectorEnv)):
+        return None
+    if name not in MASKS:  # look once
+        env = gym.make(find_env(args), **args.env_kwargs)
+        if env.has_wrapper_attr("action_masks"):
+            MASKS[name] = "method"
+        else:
+            MASKS[name] = "info" if "action_mask" in env.reset(seed=0)[1] else None
+        env.close()
+    return MASKS[name]
+
+
+MASKS: dict[str, str | None] = {}  # what was found, by environment
 
 
 def leaves(space: gym.Space) -> list[gym.Space]:
@@ -1041,6 +1237,8 @@ def ask(envs, when: str, method: Callable, *args, **kwargs):
     """The answer of `envs.reset` or `envs.step`; Stop, or a note on the error, names the environment at fault."""
     try:
         answer = method(*args, **kwargs)
+    except Stop as stop:
+        raise Stop(f"{stop}, {when}", 2 if "reset" in when else 1) from None
     except Exception as error:
         culprits = ", ".join(map(str, find_culprits(envs.unwrapped, error, when)))
         error.add_note(f"Raised by environment {culprits or '(unknown)'} {when}.")
@@ -1138,7 +1336,8 @@ def agent_config(args: Args, envs) -> dict[str, Any]:
     config["hidden_sizes"] = list(args.hidden_sizes)
     obs = envs.unwrapped.single_observation_space
     config["spaces"] = [describe(obs), describe(act)]
-    config["parts"] = parts = obs_parts(obs, args.norm_obs)
+    config["masks"] = where_masks_are(args, envs.unwrapped) if args.action_masks else None
+    config["parts"] = parts = obs_parts(without_mask(obs) if config["masks"] else obs, args.norm_obs)
     if args.precision == "auto" and has_images(parts):
         config["precision"] = "bfloat16" if has_bfloat16(args) else "float32"
     return config
@@ -1158,7 +1357,8 @@ def rank_count() -> int:
 
 def join_ranks(args: Args) -> None:
     world = rank_count()
-    if args.num_envs % world or args.batch_size // world % args.num_minibatches:
+    units = args.num_envs if args.lstm_hidden_size else args.batch_size  # that minibatches are made of
+    if args.num_envs % world or units // world % args.num_minibatches:
         raise Stop(f"--num-envs {args.num_envs}, and the rows of a minibatch, must be multiples of {world} ranks")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -1273,7 +1473,7 @@ def evaluate(
         if film and film(worlds):
             break
         noise = 0.0 if deterministic else agent.sample_noise(episodes, generator=generator)
-        rewards, _, done = worlds.step(agent.act(to_torch(worlds.obs, agent.device), noise))
+        rewards, _, done = worlds.step(agent.act(to_torch(worlds.obs, agent.device), noise, worlds.memory))
         returns += rewards * running
         lengths += running
         running &= ~done
@@ -1430,7 +1630,8 @@ def open_run(args: Args) -> tuple[Path, State]:
     if saved:
         restore(args, state, saved)
     if rank() == 0:
-        print(f"run: {run}   preset: {args.preset}   device: {here['device']}", flush=True)
+        masks = f"   action masks: by {state.agent.masks}" if state.agent.masks else ""
+        print(f"run: {run}   preset: {args.preset}   device: {here['device']}{masks}", flush=True)
         if changed := ", ".join(f"{k} {before.get(k)} -> {here[k]}" for k in here if here[k] != before.get(k)):
             print(f"warning: this will not be bit for bit the run that was interrupted: {changed}", file=sys.stderr)
     return run, state
@@ -1673,7 +1874,8 @@ def log_score(args: Args, run: Path, score: float, step: int) -> None:
 
 def draw_curve(args: Args, run: Path, curve: list[tuple[int, float]]) -> None:
     """curve.png: the mean returns of training episodes, in a hundred points or fewer."""
-    os.environ["MPLBACKEND"] = "agg"  # a notebook names its own here, for all it starts
+    if "ipykernel" not in sys.modules:  # a notebook has its own, also for what it starts
+        os.environ["MPLBACKEND"] = "agg"
     from matplotlib.figure import Figure
 
     parts = np.array_split(np.reshape(curve, (-1, 2)), min(len(curve), 100) or 1)
@@ -1715,7 +1917,7 @@ def load_args(folder: Path, source: str | None = None) -> Args:
             if name not in types or name in MODES:
                 raise ValueError(f"{name:.80} is not one of ppo.py's settings")
             type_validator(name, value, types[name] | int if types[name] is float else types[name])
-        return Args(**{"precision": "float32"} | data)  # as it was before there was a choice
+        return Args(**{"precision": "float32", "action_masks": False} | data)  # as it was before there was a choice
     except OSError as error:
         raise Stop(f"cannot read {path}: {error.strerror}; is {folder} a run's folder?") from None
     except (ValueError, TypeError, ArithmeticError, AttributeError, RecursionError) as error:
@@ -1727,7 +1929,15 @@ def load_args(folder: Path, source: str | None = None) -> Args:
 SIZE_LIMITS = {"hyperparameters.json": 2**16, "config.json": 2**16, "model.safetensors": 2**28}  # bytes
 EXTRAS = ["README.md", "results.json", "replay.mp4", "curve.png", "*.py", "requirements.txt", "*tfevents*"]
 NETWORK = [f.name for f in fields(NetworkArgs)]
-PLAYED = ["env_id", "env_kwargs", "seed", "vectorization", "frame_stack", *NETWORK]  # what a stranger's policy may set
+PLAYED = [
+    "env_id",
+    "env_kwargs",
+    "seed",
+    "vectorization",
+    "frame_stack",
+    "action_masks",
+    *NETWORK,
+]  # what a stranger's policy may set
 SAFE_KWARGS = {"is_slippery", "continuous", "repeat_action_probability", "include_cfrc_ext_in_observation"}
 
 
@@ -1789,7 +1999,7 @@ def load_agent(folder: Path, args: Args, source: str | None = None) -> Agent:
     config = agent_config(args, envs)
     try:
         saved = dict(json.loads((folder / "config.json").read_text()))
-        early = {"precision": "float32", "parts": None, "spaces": None}  # what first editions had not, but for defaults
+        early = {"precision": "float32", "parts": None, "spaces": None, "masks": None}  # what was not, but for defaults
         config |= {name: early[name] for name in early.keys() - saved.keys() - {"precision"}}
         saved = {f.name: f.default for f in fields(NetworkArgs)} | early | saved
         if other := [name for name in config.keys() | saved.keys() if saved.get(name) != config.get(name)]:
@@ -1966,6 +2176,12 @@ def find_range(hint: Any) -> tuple[str, float, float] | None:
     return getattr(hint, "__metadata__", None) or next(filter(None, inner), None)
 
 
+def divisors_near(n: int, d: int) -> list[int]:
+    """Up to four divisors of n that are nearest to d."""
+    divisors = [k for k in range(1, 2 * d) if n % k == 0]
+    return sorted(sorted(divisors, key=lambda k: abs(k - d))[:4])
+
+
 def check(args: Args) -> None:
     """Raise ValueError for a setting out of its range, or settings that exclude each other."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
@@ -1984,10 +2200,14 @@ def check(args: Args) -> None:
     B, minibatches = args.batch_size, args.num_minibatches
     batch = f"{args.num_steps} steps x {args.num_envs} envs = {B} rows"
     if B % minibatches:
-        divisors = [d for d in range(1, 2 * minibatches) if B % d == 0]
-        near = sorted(divisors, key=lambda d: abs(d - minibatches))[:4]
-        near_it = ", ".join(map(str, sorted(near)))
+        near_it = ", ".join(map(str, divisors_near(B, minibatches)))
         raise ValueError(f"--num-minibatches {minibatches} does not divide the batch of {batch}; near it: {near_it}")
+    if args.lstm_hidden_size and args.num_envs % minibatches:
+        near_it = ", ".join(map(str, divisors_near(args.num_envs, minibatches)))
+        why = f"with memory, a minibatch is a number of whole environments, and {minibatches} does not divide"
+        raise ValueError(f"--num-minibatches {minibatches}: {why} --num-envs {args.num_envs}; near it: {near_it}")
+    if args.lstm_hidden_size and args.compile:
+        raise ValueError("--compile cannot take an LSTM: leave it out, or --lstm-hidden-size")
     if args.norm_adv and B == minibatches:
         raise ValueError("--norm-adv needs minibatches of at least 2 rows: lower --num-minibatches")
     fills = (args.norm_obs or args.norm_reward) and not args.init_from
@@ -2085,7 +2305,7 @@ FREE = (
 
 
 def usual_args(env_id: str, preset: str | None = None) -> Args:
-    """What the environment is trained with if no flag, but perhaps --preset, is given."""
+    """The settings of a preset; by default the environment's own, or "none". For a general one, see find_preset."""
     name = preset or own_preset(env_id)
     if name not in PRESETS:
         raise Stop(f"no preset {name!r}; there are: {'; '.join(PRESETS)}")
@@ -2168,6 +2388,13 @@ def read_flags(argv: list[str] | None, defaults: Args) -> Args:
     Flags: Any = make_dataclass("Flags", boxes)
     for part in vars(tyro.cli(Flags, args=argv, prog=SCRIPT, description=Args.__doc__)).values():
         values |= vars(part)
+    divisors = divisors_near(values["num_envs"], asked := values["num_minibatches"])
+    given = any(re.match("--num[-_]minibatches", word) for word in (sys.argv if argv is None else argv))
+    if values["lstm_hidden_size"] and asked not in divisors and not given:
+        values["num_minibatches"] = min(divisors, key=lambda d: abs(d - asked))  # a preset's gives way
+        print(
+            f"--num-minibatches {asked} -> {values['num_minibatches']}, for memory wants whole environments", flush=True
+        )
     try:
         return Args(**values | {"env_kwargs": defaults.env_kwargs | values["env_kwargs"]})
     except ValueError as error:

@@ -271,7 +271,7 @@ def test_more_noise_is_more_entropy_only_until_tanh_saturates(fork):
 @only("squashed")
 def test_its_deviation_depends_on_the_observation(fork):
     agent = fork.Agent([3], [2], None)
-    logstd = agent.policy(agent.encode(torch.randn(5, 3))).logstd
+    logstd = agent.policy(agent.encode(obs := torch.randn(5, 3)), obs).logstd
     assert logstd.shape == (5, 2) and len(logstd.unique()) == 10
 
 

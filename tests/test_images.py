@@ -283,7 +283,7 @@ def test_a_rollout_is_replayed_as_it_was_played(precision, monkeypatch):
         noises.append(agent.sample_noise(*rollout.rewards.shape, generator=same))
         collect(agent, worlds, rollout, generator)
         with torch.no_grad():
-            logits = agent.policy(agent.encode(rollout.obs[:-1])).logits
+            logits = agent.policy(agent.encode(rollout.obs[:-1]), rollout.obs[:-1]).logits
         noisy = logits + noises[-1]
         best = noisy.topk(2, -1).values
         clear = best[..., 0] - best[..., 1] > (0.05 if precision == "bfloat16" else 1e-5)

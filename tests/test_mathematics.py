@@ -1,6 +1,7 @@
 """The mathematics of PPO against hand numbers, brute force and other libraries."""
 
 import math
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -254,7 +255,10 @@ def epochs(valid, count, **kwargs):
     """`count` epochs of four minibatches each: lists of Batch."""
     args = ppo.Args(num_steps=16, num_envs=8, num_minibatches=4, **kwargs)
     generator = torch.Generator().manual_seed(2)
-    return [list(ppo.minibatches(numbered_batch(), valid, 1.0, args, generator)) for _ in range(count)]
+    return [
+        list(ppo.minibatches(numbered_batch(), SimpleNamespace(valid=valid), 1.0, args, generator))
+        for _ in range(count)
+    ]
 
 
 def row_numbers(epoch):

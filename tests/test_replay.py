@@ -113,10 +113,10 @@ def check_actions(agent, rollout, noise):
     """Each action must be the choice that its own noise makes from its own observation; recomputed in one batch."""
 
     def choose(obs, noise):
-        return agent.policy(agent.encode(obs)).choose(noise.flatten(0, 1)).view(rollout.actions.shape)
+        return agent.policy(agent.encode(obs), obs).choose(noise.flatten(0, 1)).view(rollout.actions.shape)
 
     obs = rollout.obs[:-1].flatten(0, 1)
-    policy, choice = agent.policy(agent.encode(obs)), choose(obs, noise)
+    policy, choice = agent.policy(agent.encode(obs), obs), choose(obs, noise)
     for other in (choose(obs.roll(1, 0), noise), choose(obs, noise.roll(1, 1))):  # another one's would be seen
         assert (other != choice).float().mean() > 0.03
     if agent.nvec is None:

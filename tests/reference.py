@@ -22,12 +22,13 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ppo import usual_args, write_file, write_json
+from ppo import own_preset, parse_args, usual_args, write_file, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "runs" / "reference"
@@ -49,12 +50,20 @@ class Row(NamedTuple):
     tried: int  # settings compared on other seeds before
     published: str  # the best PPO result found, at as many steps unless it says otherwise
     source: str
+    flags: str = ""  # besides --env-id, --total-timesteps and --seed
+    label: str = ""  # what they do, in a word or two
 
     @property
     def name(self) -> str:
-        """The id; with the steps, where they are not the preset's."""
-        usual = usual_args(self.env_id).total_timesteps == self.steps
-        return self.env_id.replace("/", "-") + ("" if usual else f"-{self.steps / 1e6:g}M")
+        """The id; with the steps, where they are not its preset's, and with the label."""
+        usual = own_preset(self.env_id) == "none" or usual_args(self.env_id).total_timesteps == self.steps
+        words = [self.env_id.replace("worlds:", ""), "" if usual else f"{self.steps / 1e6:g}M", self.label]
+        return re.sub(r"[/ ]", "-", "-".join(filter(None, words)))
+
+    @property
+    def command(self) -> list[str]:
+        """The flags that say what is trained; tests/ is on the path, for tests/worlds.py."""
+        return ["--env-id", self.env_id, "--total-timesteps", str(self.steps), *shlex.split(self.flags)]
 
 
 ROWS = [
@@ -173,12 +182,12 @@ def start(row: Row, seed: int) -> subprocess.Popen:
         flags = ["--resume", f"runs/{run.name}"]
     else:
         shutil.rmtree(run, ignore_errors=True)  # it stopped before its first checkpoint
-        flags = ["--env-id", row.env_id, "--total-timesteps", str(row.steps)]
-        flags += ["--seed", str(seed), "--run-name", run.name]
+        flags = [*row.command, "--seed", str(seed), "--run-name", run.name]
     run.parent.mkdir(exist_ok=True)
     with open(f"{run}.log", "a") as log:
         return subprocess.Popen([sys.executable, "ppo.py", *flags], cwd=ROOT, stdout=log, stderr=log,
-                                env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)  # fmt: skip
+                                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")},
+                                start_new_session=True)  # fmt: skip
 
 
 def other_settings(row: Row, folder: Path) -> list[str]:
@@ -186,8 +195,9 @@ def other_settings(row: Row, folder: Path) -> list[str]:
     if not (folder / "hyperparameters.json").exists():
         return []
     then = json.loads((folder / "hyperparameters.json").read_text())
-    now = json.loads(json.dumps(asdict(replace(usual_args(row.env_id), total_timesteps=row.steps))))
-    return [name for name in then if name in now and then[name] != now[name] and name not in ("seed", "run_name")]
+    now = json.loads(json.dumps(asdict(parse_args(row.command))))
+    free = ("seed", "run_name", "precision")  # the last as the machine has it
+    return [name for name in then if name in now and then[name] != now[name] and name not in free]
 
 
 def collect(row: Row, seed: int) -> dict:
@@ -290,7 +300,8 @@ def draw(env_id: str, folder: Path) -> None:
 
 def worlds(summary: list[dict]) -> list[dict]:
     """The rows that have results, one for each world: the one with the steps of its preset."""
-    return [row for row in summary if row["seeds"] and row["steps"] == usual_args(row["env_id"]).total_timesteps]
+    named = [row for row in summary if row["seeds"] and own_preset(row["env_id"]) != "none" and not row.get("label")]
+    return [row for row in named if row["steps"] == usual_args(row["env_id"]).total_timesteps]
 
 
 def published_means(published: str) -> list[float]:
@@ -407,7 +418,8 @@ def long_table(summary: list[dict]) -> str:
         if n:
             spread = [x["std"], f"{x['iqm']} [{x['low']}, {x['high']}]"] if n > 1 else ["", ""]
             cells = [x["mean"], *spread, x["min"], x["wall"]]
-        words = [row["env_id"], x["steps"], x["seeds"], *cells, str(row["tried"]), row["published"], row["source"]]
+        world = ", ".join(filter(None, [row["env_id"], row.get("label")]))
+        words = [world, x["steps"], x["seeds"], *cells, str(row["tried"]), row["published"], row["source"]]
         lines.append(f"| {' | '.join(words)} |")
     if missing := dict.fromkeys(row["env_id"] for row in summary if len(row["seeds"]) < row["planned"]):
         lines.append(f"\nTo be run: `python tests/reference.py --envs {' '.join(missing)}`")

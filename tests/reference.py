@@ -66,6 +66,9 @@ class Row(NamedTuple):
         return ["--env-id", self.env_id, "--total-timesteps", str(self.steps), *shlex.split(self.flags)]
 
 
+CART = ("--preset none --num-envs 16 --num-steps 64 --num-minibatches 8 --update-epochs 6 --learning-rate 2e-3 "
+        "--norm-reward --no-clip-vloss")  # fmt: skip
+PENDULUM = "--preset Pendulum-v1 --num-envs 8 --num-steps 128 --num-minibatches 8"
 ROWS = [
     Row("CartPole-v1", 100_000, 10, 2, "500 +/- 0", "zoo"),
     Row("LunarLander-v3", 1_000_000, 10, 7, "242.1 +/- 31.8 (v2)", "zoo"),
@@ -88,6 +91,14 @@ ROWS = [
     Row("Pusher-v5", 1_000_000, 5, 1, "-40.4 +/- 7.2 (v4)", "CleanRL"),
     Row("ALE/Pong-v5", 1_000_000, 3, 2, "at 1.5M 20.0; at 10M 20.4 (v4)", "rl_games; CleanRL"),
     Row("ALE/Breakout-v5", 10_000_000, 1, 2, "414.7 +/- 28.1 (v4)", "CleanRL"),
+    Row("worlds:CartPoleNoVel-v1", 100_000, 5, 2, "500 (RecurrentPPO)", "zoo", f"{CART} --lstm-hidden-size 64",
+        "memory"),
+    Row("worlds:CartPoleNoVel-v1", 100_000, 5, 2, "", "", CART, "no memory"),
+    Row("worlds:PendulumNoVel-v1", 100_000, 5, 3, "-218 (RecurrentPPO)", "zoo",
+        f"{PENDULUM} --lstm-hidden-size 64", "memory"),
+    Row("worlds:PendulumNoVel-v1", 100_000, 5, 3, "", "", PENDULUM, "no memory"),
+    Row("Taxi-v4", 300_000, 5, 2, "", "", "", "masks"),
+    Row("Taxi-v4", 300_000, 5, 2, "", "", "--no-action-masks", "no masks"),
 ]  # fmt: skip
 
 

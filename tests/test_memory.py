@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK
+from conftest import QUICK, scalars
 from safetensors.torch import load_file
 
 import ppo
@@ -283,21 +283,21 @@ class Leak(gym.Env):
     """The bit is shown in one episode and asked for in the next, so nobody can know it."""
 
     observation_space, action_space = Recall.observation_space, Recall.action_space
-    old, bit = 0, 0
+    bit = None
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
+        if self.bit is None:  # before the first episode, there was none to show it
+            self.bit = int(self.np_random.integers(2))
         self.t = 0
         return np.float32([0, 0]), {}
 
     def step(self, action):
         self.t += 1
+        reward = float(action == self.bit) if self.t == 1 else 0.0
         if self.t == 1:
-            reward, self.old = float(action == self.old), self.bit
             self.bit = int(self.np_random.integers(2))
-            return np.float32([2 * self.bit - 1, 0]), reward, False, False, {}
-        self.old = self.bit
-        return np.float32([2 * self.bit - 1, 0]), 0.0, True, False, {}
+        return np.float32([2 * self.bit - 1, 0]), reward, self.t == 2, False, {}
 
 
 LEARN = ["--preset", "none", "--num-envs", 32, "--num-steps", 32, "--num-minibatches", 4, "--update-epochs", 4,
@@ -324,8 +324,10 @@ def test_and_stays_unknown_without(main, register):
 
 @pytest.mark.slow
 def test_a_state_that_outlives_its_episode_cannot_be_learned(main, register):
-    flags = ["--total-timesteps", 80_000, "--lstm-hidden-size", 32]
-    assert score(main, register(Leak), *flags) == pytest.approx(0.5, abs=0.12)
+    """In training, where a state that is never erased scores 1.0 by then; an evaluation sees first episodes only."""
+    score(main, register(Leak), "--total-timesteps", 60_000, "--lstm-hidden-size", 32)
+    returns = [value for _, value in scalars("runs/scored")["charts/episodic_return"]]
+    assert np.mean(returns[-5000:]) == pytest.approx(0.5, abs=0.05)
 
 
 # Everywhere

@@ -2002,7 +2002,8 @@ def load_agent(folder: Path, args: Args, source: str | None = None) -> Agent:
         early = {"precision": "float32", "parts": None, "spaces": None, "masks": None}  # what was not, but for defaults
         config |= {name: early[name] for name in early.keys() - saved.keys() - {"precision"}}
         saved = {f.name: f.default for f in fields(NetworkArgs)} | early | saved
-        if other := [name for name in config.keys() | saved.keys() if saved.get(name) != config.get(name)]:
+        names = (config.keys() | saved.keys()) - {"spaces"}  # EnvPool's bounds differ from Gymnasium's
+        if other := [name for name in names if saved.get(name) != config.get(name)]:
             difference = "; ".join(f"{name} {saved.get(name)}, not {config.get(name)}" for name in sorted(other))
             raise ValueError(f"it is not an agent for {args.env_id} with these settings: {difference}")
         weights = safetensors.torch.load_file(folder / "model.safetensors")

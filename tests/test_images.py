@@ -100,7 +100,11 @@ def test_small_images_of_every_kind_are_learned(kind, last):
 @pytest.mark.parametrize("kind", ["bytes", "bools", "floats", "Dict"])
 @pytest.mark.parametrize("last", [True, False], ids=["channels last", "channels first"])
 def test_large_images_of_every_kind_are_learned(kind, last):
-    _, args, agent = learn(12_000, kind, env_kwargs={"last": last, "size": 36}, hidden_sizes=(64,), activation="relu")
+    calm = {"learning_rate": 3e-4, "ent_coef": 0.01}  # or it may settle on three quarters of them
+    steps = 40_000 if kind == "Dict" else 12_000  # there, two things have to be joined
+    _, args, agent = learn(
+        steps, kind, env_kwargs={"last": last, "size": 36}, hidden_sizes=(64,), activation="relu", **calm
+    )
     assert score(agent, args) > 0.97
 
 

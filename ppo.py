@@ -2281,7 +2281,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "Pusher-v5": CALM,
     "InvertedDoublePendulum-v5": MUJOCO | dict(validation_episodes=100),  # few would not show its rare falls
     "Hopper-v5": MUJOCO, "InvertedPendulum-v5": MUJOCO,
-    "ALE/Pong-v5": ATARI | dict(total_timesteps=1_000_000, learning_rate=5e-4, anneal_lr=False),
+    "ALE/Pong-v5": ATARI | dict(total_timesteps=1_000_000, learning_rate=5e-4),
     "ALE/*": ATARI,
     "MinAtar/*": dict(  # gymnax's layers on the flattened image
         total_timesteps=10_000_000, num_envs=64, num_minibatches=8, learning_rate=1e-3, hidden_sizes=(256, 256),

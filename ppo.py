@@ -765,7 +765,7 @@ def whole_environments(
         shuffled = rows[torch.randperm(len(rows), generator=generator, device=generator.device)]
         rows = shuffled.repeat(math.ceil(valid.size / len(rows)))[: valid.size]
         part = Batch(*(column[:, envs] for column in vars(batch).values()))
-        minibatch = Batch(*(column.flatten(0, 1)[rows] for name, column in vars(part).items()))
+        minibatch = Batch(*(column.flatten(0, 1)[rows] for column in vars(part).values()))
         if args.norm_adv:
             minibatch.advantages = standardize(minibatch.advantages, share)
         kept = vars(minibatch) | {"obs": part.obs}
@@ -962,9 +962,7 @@ class Worlds:
         self.lives = info["lives"].copy() if args.episodic_life else None
         self.resetting = np.zeros(len(seeds), dtype=bool)  # the episode has ended: the next step is its reset
         self.returned, self.length, self.discounted = np.zeros((3, len(seeds)))
-        self.memory = torch.zeros(
-            2, len(seeds), args.lstm_hidden_size
-        )  # of the episodes under way, empty at their start
+        self.memory = torch.zeros(2, len(seeds), args.lstm_hidden_size)  # of the episodes under way
 
     def step(self, actions: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rewards, terminated (or a life lost) and done, [N] each."""
@@ -1639,10 +1637,10 @@ def open_run(args: Args) -> tuple[Path, State]:
 
 def public(args: Args) -> dict[str, Any]:
     """The settings as files tell them: of where an agent started, no path of this machine."""
-    start = Path(args.init_from or "")
-    return asdict(args) | {
-        "init_from": f"runs/{start.resolve().name}" if start.is_dir() and start.name else args.init_from
-    }
+    start = args.init_from
+    if start and Path(start).is_dir():
+        start = f"runs/{Path(start).resolve().name}"
+    return asdict(args) | {"init_from": start}
 
 
 def new_state(args: Args) -> State:
@@ -1929,15 +1927,8 @@ def load_args(folder: Path, source: str | None = None) -> Args:
 SIZE_LIMITS = {"hyperparameters.json": 2**16, "config.json": 2**16, "model.safetensors": 2**28}  # bytes
 EXTRAS = ["README.md", "results.json", "replay.mp4", "curve.png", "*.py", "requirements.txt", "*tfevents*"]
 NETWORK = [f.name for f in fields(NetworkArgs)]
-PLAYED = [
-    "env_id",
-    "env_kwargs",
-    "seed",
-    "vectorization",
-    "frame_stack",
-    "action_masks",
-    *NETWORK,
-]  # what a stranger's policy may set
+# What a stranger's policy may set:
+PLAYED = ["env_id", "env_kwargs", "seed", "vectorization", "frame_stack", "action_masks", *NETWORK]
 SAFE_KWARGS = {"is_slippery", "continuous", "repeat_action_probability", "include_cfrc_ext_in_observation"}
 
 
@@ -2058,20 +2049,18 @@ def launcher(processes: int, machines: int = 1) -> list[str]:
     """The words that start the script on so many processes of so many machines."""
     if processes == machines == 1:
         return ["python", SCRIPT]
-    here = {name: os.environ.get(name, name) for name in ("GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    words = (
-        f"--nnodes {machines} --node-rank {{GROUP_RANK}} --master-addr {{MASTER_ADDR}} --master-port {{MASTER_PORT}}"
-    )
-    several = words.format(**here).split() if machines > 1 else []
-    return ["torchrun", *several, "--nproc-per-node", str(processes), SCRIPT]
+    flags = ["--nproc-per-node", str(processes)]
+    if machines > 1:
+        node, address, port = (os.environ.get(name, name) for name in ("GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"))
+        there = ["--nnodes", str(machines), "--node-rank", node, "--master-addr", address, "--master-port", port]
+        flags = there + flags
+    return ["torchrun", *flags, SCRIPT]
 
 
 def training_command(args: Args, ranks: int = 1, machines: int = 1) -> str:
     """The command that trains this run: the flags that differ from the preset's values."""
-    words, usual = (
-        [*launcher(ranks // machines, machines), "--env-id", args.env_id],
-        asdict(usual_args(args.env_id, args.preset)),
-    )
+    words = [*launcher(ranks // machines, machines), "--env-id", args.env_id]
+    usual = asdict(usual_args(args.env_id, args.preset))
     if args.preset != own_preset(args.env_id):
         words += ["--preset", args.preset]
     for name, value in asdict(args).items():
@@ -2292,17 +2281,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 SCRIPT = Path(__file__).name  # what printed commands start; a script that imports this one puts its own name here
 MODES = ("evaluate", "resume", "push")  # flags that name a run instead of starting one
 # May differ where a run is resumed or pushed:
-FREE = (
-    "device",
-    "render",
-    "check_env",
-    "track",
-    "wandb_project_name",
-    "wandb_entity",
-    "repo_id",
-    "private",
-    "capture_video",
-)
+FREE = ("device", "render", "check_env", "track", "wandb_project_name", "wandb_entity",
+        "repo_id", "private", "capture_video")  # fmt: skip
 
 
 def usual_args(env_id: str, preset: str | None = None) -> Args:

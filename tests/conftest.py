@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +69,19 @@ def steps(monkeypatch):
 
     monkeypatch.setattr(ppo, "ask", spy)
     return record
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """Make an environment known to Gymnasium for one test: register(its class or maker) -> its id."""
+    monkeypatch.setattr(ppo, "MASKS", {})  # what was found of another of this name
+
+    def call(maker, **kwargs):
+        spec = gym.envs.registration.EnvSpec("Tiny-v0", entry_point=maker, **kwargs)
+        monkeypatch.setitem(gym.registry, spec.id, spec)
+        return spec.id
+
+    return call
 
 
 def command(*argv, env=None, **kwargs):

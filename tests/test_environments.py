@@ -42,18 +42,6 @@ def assert_plays(run):
 
 
 @pytest.fixture
-def register(monkeypatch):
-    """Make an environment known to Gymnasium for one test: register(its class or maker) -> its id."""
-
-    def call(maker):
-        spec = gym.envs.registration.EnvSpec("Tiny-v0", entry_point=maker)
-        monkeypatch.setitem(gym.registry, spec.id, spec)
-        return spec.id
-
-    return call
-
-
-@pytest.fixture
 def learned(monkeypatch):
     """What the loss saw: (observations, actions) of each minibatch, as it happens."""
     record, compute_gradient = [], ppo.compute_gradient

@@ -40,16 +40,6 @@ class Short(gym.Env):
         return self.np_random.uniform(-1, 1, 3).astype(np.float32)
 
 
-@pytest.fixture
-def register(monkeypatch):
-    def call(maker, **kwargs):
-        spec = gym.envs.registration.EnvSpec("Tiny-v0", entry_point=maker, **kwargs)
-        monkeypatch.setitem(gym.registry, spec.id, spec)
-        return spec.id
-
-    return call
-
-
 def setting(env_id, n=2, steps=12, **settings):
     """Arguments, agent in float64, its worlds and an empty rollout."""
     args = ppo.Args(env_id=env_id, num_envs=n, num_steps=steps, total_timesteps=n * steps, num_minibatches=1,
@@ -189,27 +179,27 @@ def test_orders_differ_between_epochs_and_advantages_are_standardised_over_valid
 # Planted bugs
 
 
-def test_a_state_that_survives_an_episodes_end_would_be_seen(register, monkeypatch):
+def stepping(monkeypatch, spoil):
+    """Let `spoil` have the memory, after each step of the worlds, and a copy of what it was before."""
+    original = ppo.Worlds.step
+
     def step(self, actions):
-        kept = self.memory.clone()
+        before = self.memory.clone()
         answer = original(self, actions)
-        self.memory.copy_(kept)
+        spoil(self, before)
         return answer
 
-    original = ppo.Worlds.step
     monkeypatch.setattr(ppo.Worlds, "step", step)
+
+
+def test_a_state_that_survives_an_episodes_end_would_be_seen(register, monkeypatch):
+    stepping(monkeypatch, lambda worlds, before: worlds.memory.copy_(before))
     with pytest.raises(AssertionError):
         collected(register(Short))
 
 
 def test_a_state_erased_a_row_early_would_be_seen(register, monkeypatch):
-    def step(self, actions):
-        answer = original(self, actions)
-        self.memory[:, self.resetting] = 0  # already before the last observation
-        return answer
-
-    original = ppo.Worlds.step
-    monkeypatch.setattr(ppo.Worlds, "step", step)
+    stepping(monkeypatch, lambda worlds, _: worlds.memory.__setitem__((slice(None), worlds.resetting), 0))
     with pytest.raises(AssertionError):
         collected(register(Short))
 

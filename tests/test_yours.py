@@ -100,16 +100,6 @@ class Any(gym.Env):
         return self.observation_space.sample(), 0.0, False, False, {}
 
 
-@pytest.fixture
-def register(monkeypatch):
-    def call(maker, **kwargs):
-        spec = gym.envs.registration.EnvSpec("Mine-v0", entry_point=maker, **kwargs)
-        monkeypatch.setitem(gym.registry, spec.id, spec)
-        return spec.id
-
-    return call
-
-
 IMAGE = Box(0, 255, (40, 40, 3), np.uint8)
 
 

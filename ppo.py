@@ -572,17 +572,9 @@ def minibatches(
     args: Args,
     generator: torch.Generator,
 ) -> Iterator[Batch]:
-    """One epoch: the valid rows in a new order, M at a time [core 6].
-
-    Resets leave fewer than N T rows; the order is repeated to fill up, so every minibatch has M.
-    """
-    valid = rollout.valid
-    B, M = valid.size, valid.size // args.num_minibatches
+    """One epoch: the valid rows in a new order, M at a time [core 6]."""
     flat = Batch(*(column.flatten(0, 1) for column in vars(batch).values()))  # [N T, ...]
-    rows = to_torch(np.flatnonzero(valid), generator.device)
-    order = torch.randperm(len(rows), generator=generator, device=generator.device)
-    repeats = math.ceil(B / len(rows))
-    rows = rows[order].repeat(repeats)[:B].view(-1, M)
+    rows = shuffle(rollout.valid, generator).view(args.num_minibatches, -1)
     advantages = flat.advantages[rows]  # [num_minibatches, M]
     if args.norm_adv:  # [core 7]
         advantages = standardize(advantages, share)
@@ -590,6 +582,13 @@ def minibatches(
         minibatch = flat[m]
         minibatch.advantages = A
         yield minibatch
+
+
+def shuffle(valid: np.ndarray, generator: torch.Generator) -> Tensor:
+    """The valid rows, [valid.size], in a new order; as resets leave fewer rows than that, it is repeated to fill up."""
+    rows = to_torch(np.flatnonzero(valid), generator.device)
+    order = torch.randperm(len(rows), generator=generator, device=generator.device)
+    return rows[order].repeat(math.ceil(valid.size / len(rows)))[: valid.size]
 
 
 def compute_gradient(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
@@ -753,17 +752,12 @@ def whole_environments(
     args: Args,
     generator: torch.Generator,
 ) -> Iterator[Chapters]:
-    """One epoch for a policy with memory: a few environments at a time, from the first step to the last [LSTM 4].
-
-    As in `minibatches`, valid rows are repeated, at random, to fill up.
-    """
+    """One epoch for a policy with memory: a few environments at a time, from the first step to the last [LSTM 4]."""
     T, N = rollout.valid.shape
     order = torch.randperm(N, generator=generator, device=generator.device)
     for envs in order.view(args.num_minibatches, -1):
         valid = rollout.valid[:, envs.cpu().numpy()]
-        rows = to_torch(np.flatnonzero(valid), generator.device)
-        shuffled = rows[torch.randperm(len(rows), generator=generator, device=generator.device)]
-        rows = shuffled.repeat(math.ceil(valid.size / len(rows)))[: valid.size]
+        rows = shuffle(valid, generator)
         part = Batch(*(column[:, envs] for column in vars(batch).values()))
         minibatch = Batch(*(column.flatten(0, 1)[rows] for column in vars(part).values()))
         if args.norm_adv:

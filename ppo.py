@@ -1649,11 +1649,14 @@ def new_state(args: Args) -> State:
     device = choose_device(args, config)
     if args.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise Stop("--compile needs a C++ compiler, and g++ is not on the PATH: install it, or leave --compile out")
+    learned = None
+    if args.init_from and not args.resume:  # read before memory is taken for its sizes, which may be a stranger's
+        folder, stranger = policy_folder(args.init_from)
+        learned = load_agent(folder, args, stranger).state_dict()  # what it was trained with is left behind
     torch.manual_seed(seeds(args.seed, WEIGHTS)[0])  # the same weights on every rank
     agent = Agent(**config).to(device)
-    if args.init_from and not args.resume:  # weights and statistics; what it was trained with is left behind
-        folder, stranger = policy_folder(args.init_from)
-        agent.load_state_dict(load_agent(folder, args, stranger).state_dict())
+    if learned:
+        agent.load_state_dict(learned)
     if agent.network.precision == "bfloat16" and not has_bfloat16(args) and rank() == 0:
         warn_if_emulated(agent)
     generator = torch.Generator(device).manual_seed(seeds(args.seed, SAMPLING, rank())[0])

@@ -387,7 +387,7 @@ def test_a_run_is_never_overwritten(main):
     assert {path: path.read_bytes() for path in Path("runs/mine").iterdir()} == before
 
 
-@pytest.mark.parametrize("mode", ["--evaluate", "--resume", "--push"])
+@pytest.mark.parametrize("mode", ["--evaluate", "--init-from", "--resume", "--push"])
 def test_a_folder_that_is_no_run_is_named(mode, refused):
     assert "runs/none" in refused(mode, "runs/none")
 

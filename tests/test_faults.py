@@ -376,7 +376,7 @@ def test_a_run_killed_before_its_first_checkpoint_can_be_started_again(unfinishe
     assert main(*TRAIN)[0] == 0  # as it was told to
 
 
-@pytest.mark.parametrize("flag", ["--resume", "--push", "--evaluate"])
+@pytest.mark.parametrize("flag", ["--resume", "--push", "--evaluate", "--init-from"])
 def test_a_folder_that_is_no_run_is_named_in_one_line(flag, main):
     code, _, err = main(flag, "runs/none")
     assert code == 2

@@ -162,6 +162,19 @@ def settings(hub, pushed):
     return lambda changes: json.dumps(original | changes).encode()
 
 
+@pytest.fixture(params=["--evaluate", "--init-from"])
+def take(request, pushed, client, world):
+    """Play a policy, or start a run from it: take(name, ...) -> (code, output, errors). A refusal leaves no run."""
+
+    def call(*argv):
+        before = sorted(world.runs.rglob("*"))
+        result = client(request.param, *argv)
+        assert result[0] == 0 or sorted(world.runs.rglob("*")) == before
+        return result
+
+    return call
+
+
 def files_in(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -358,9 +371,9 @@ def test_a_revision_is_played_as_it_was(pushed, client, hub, stranger):
     assert_refused(client("--evaluate", repo_id), repo_id)
 
 
-def test_all_files_played_are_of_one_commit(client, hub, stranger):
+def test_all_files_played_are_of_one_commit(take, hub, stranger):
     repo_id = stranger()
-    client("--evaluate", repo_id, "--eval-episodes", 1)
+    take(repo_id, *QUICK)
     asked = [path.split("/")[4] for _, path in hub.log if path.startswith(f"/{repo_id}/resolve/")]
     assert asked[0] == "main" and set(asked[1:]) == {hub.repos[repo_id][0]["oid"]}
 
@@ -460,9 +473,9 @@ def test_a_log_left_by_a_killed_process_is_pushed_without_its_host(client, hub, 
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_refusal_does_not_tell_where_downloads_are_kept(client, stranger, file):
+def test_a_refusal_does_not_tell_where_downloads_are_kept(take, stranger, file):
     repo_id = stranger(**{file.replace(".", "__"): b"{"})
-    assert "sentinel" not in client("--evaluate", repo_id)[2]
+    assert "sentinel" not in take(repo_id)[2]
 
 
 # Faults
@@ -494,8 +507,9 @@ def test_without_the_hub_nothing_is_trained_or_played(elsewhere, env, why):
     elsewhere.env |= env
     client = elsewhere.client()
     assert_refused(client(*QUICK, "--repo-id", "tester/x"), "tester/x", why, "push later")
+    for flag in "--evaluate", "--init-from":
+        assert_refused(client(flag, "tester/x"), "tester/x", why)
     assert not elsewhere.runs.exists()
-    assert_refused(client("--evaluate", "tester/x"), "tester/x", why)
 
 
 @pytest.mark.parametrize("fault", ["commit answers 500", "Hub gone"])
@@ -517,28 +531,28 @@ def test_a_run_whose_push_failed_is_kept_and_pushed_by_the_printed_command(clien
     assert "model.safetensors" in hub.files(f"tester/{name}")
 
 
-def test_a_missing_repo_is_named(client):
-    assert_refused(client("--evaluate", "tester/missing"), "tester/missing")
+def test_a_missing_repo_is_named(take):
+    assert_refused(take("tester/missing"), "tester/missing")
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_missing_file_is_named(client, stranger, file):
+def test_a_missing_file_is_named(take, stranger, file):
     repo_id = stranger(**{file.replace(".", "__"): None})
-    assert_refused(client("--evaluate", repo_id), repo_id, file)
+    assert_refused(take(repo_id), repo_id, file)
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_file_missing_from_a_run_is_named(client, run, world, file):
+def test_a_file_missing_from_a_run_is_named(take, run, world, file):
     (world.work / run / file).unlink()
-    assert_refused(client("--evaluate", run), str(run), "No such file")
+    assert_refused(take(run), str(run), "No such file")
 
 
 @pytest.mark.parametrize("damage", [
     lambda data: data[:-1000], lambda data: b"\xff" * 8 + data[8:], lambda data: b"", lambda data: pickle.dumps({}),
 ], ids=["truncated", "bad header", "empty", "a pickle"])  # fmt: skip
-def test_damaged_weights_are_refused(client, hub, stranger, damage):
+def test_damaged_weights_are_refused(take, hub, stranger, damage):
     repo_id = stranger(model__safetensors=damage(hub.files("tester/cartpole")["model.safetensors"]))
-    assert_refused(client("--evaluate", repo_id), "refused", repo_id)
+    assert_refused(take(repo_id), "refused", repo_id)
 
 
 # Strangers
@@ -554,17 +568,19 @@ class Payload:
         return open, (self.path, "w")
 
 
-def test_a_pickle_is_never_opened(client, stranger, world):
+def test_a_pickle_is_never_opened(take, stranger, world):
     payload = pickle.dumps(Payload(world.home / "unpickled"))
     repo_id = stranger(model__safetensors=None, pytorch_model__bin=payload)
-    assert_refused(client("--evaluate", repo_id), repo_id, "model.safetensors")
+    assert_refused(take(repo_id), repo_id, "model.safetensors")
     assert not (world.home / "unpickled").exists()
 
 
 def test_a_module_is_imported_only_if_the_user_names_it(client, stranger, settings, world):
     repo_id = stranger(hyperparameters__json=settings({"env_id": "evilmod:CartPole-v1"}))
-    assert_refused(client("--evaluate", repo_id), repo_id, "'evilmod:CartPole-v1'", "--env-id")
-    assert not (world.modules / "imported").exists()
+    before = sorted(world.runs.iterdir())
+    for flag in "--evaluate", "--init-from":
+        assert_refused(client(flag, repo_id), repo_id, "'evilmod:CartPole-v1'", "--env-id")
+    assert not (world.modules / "imported").exists() and sorted(world.runs.iterdir()) == before
     code, _, err = client("--evaluate", repo_id, "--env-id", "evilmod:CartPole-v1", "--eval-episodes", 1)
     assert code == 0, err
     assert (world.modules / "imported").exists()
@@ -593,34 +609,34 @@ def test_a_module_is_imported_only_if_the_user_names_it(client, stranger, settin
     ({"learning_rate": 10**400}, "learning"),
     ({"num_envs": 2**62, "num_minibatches": 3}, "--num-envs"),
 ], ids=lambda value: json.dumps(value)[1:40] if isinstance(value, dict) else None)  # fmt: skip
-def test_strange_settings_are_refused(client, stranger, settings, changes, why):
+def test_strange_settings_are_refused(take, stranger, settings, changes, why):
     repo_id = stranger(hyperparameters__json=settings(changes))
-    assert_refused(client("--evaluate", repo_id), "refused", repo_id, why)
+    assert_refused(take(repo_id), "refused", repo_id, why)
 
 
 @pytest.mark.parametrize("changes, why", [
     ({"env_id": "GymV21Environment-v0"}, "shimmy"),
     ({"env_kwargs": {"is_slippery": False}}, "is_slippery"),
 ], ids=["without its package", "with arguments it does not take"])  # fmt: skip
-def test_an_environment_that_cannot_be_made_is_refused(client, stranger, settings, changes, why):
+def test_an_environment_that_cannot_be_made_is_refused(take, stranger, settings, changes, why):
     repo_id = stranger(hyperparameters__json=settings(changes))
-    assert_refused(client("--evaluate", repo_id), changes.get("env_id", "CartPole-v1"), why)
+    assert_refused(take(repo_id), changes.get("env_id", "CartPole-v1"), why)
 
 
 @pytest.mark.parametrize("data", [b"[]", b"{", b"\xff", b"[" * 60_000, b'"' + b"x" * 60_000 + b'"'],
                          ids=["list", "cut off", "no UTF-8", "too deep", "string"])  # fmt: skip
 @pytest.mark.parametrize("file", ["hyperparameters.json", "config.json"])
-def test_strange_json_is_refused(client, stranger, file, data):
+def test_strange_json_is_refused(take, stranger, file, data):
     repo_id = stranger(**{file.replace(".", "__"): data})
-    assert_refused(client("--evaluate", repo_id), "refused", repo_id, file)
+    assert_refused(take(repo_id), "refused", repo_id, file)
 
 
 @pytest.mark.parametrize("changes", [{"hidden_sizes": [128, 64]}, {"activation": "relu"}, {"backdoor": 1}],
                          ids=lambda changes: next(iter(changes)))  # fmt: skip
-def test_a_config_that_does_not_fit_the_settings_is_refused(client, hub, stranger, changes):
+def test_a_config_that_does_not_fit_the_settings_is_refused(take, hub, stranger, changes):
     config = json.loads(hub.files("tester/cartpole")["config.json"]) | changes
     repo_id = stranger(config__json=json.dumps(config).encode())
-    assert_refused(client("--evaluate", repo_id), "refused", repo_id, "config.json")
+    assert_refused(take(repo_id), "refused", repo_id, "config.json")
 
 
 NAME = "actor.0.weight"
@@ -634,31 +650,31 @@ NAME = "actor.0.weight"
     (lambda tensors: {"backdoor": torch.zeros(1)}, "backdoor"),
     (lambda tensors: {NAME: None}, NAME),
 ], ids=["NaN", "infinite", "shape", "dtype", "extra", "missing"])  # fmt: skip
-def test_strange_weights_are_refused(client, hub, stranger, tamper, why):
+def test_strange_weights_are_refused(take, hub, stranger, tamper, why):
     tensors = load(hub.files("tester/cartpole")["model.safetensors"])
     tensors |= tamper(tensors)
     repo_id = stranger(model__safetensors=save({k: v for k, v in tensors.items() if v is not None}))
-    assert_refused(client("--evaluate", repo_id), "refused", repo_id, why)
+    assert_refused(take(repo_id), "refused", repo_id, why)
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_huge_file_is_refused_before_it_is_downloaded(client, hub, stranger, file):
+def test_a_huge_file_is_refused_before_it_is_downloaded(take, hub, stranger, file):
     repo_id = stranger()
     hub.sizes[repo_id, file] = 2**40
-    assert_refused(client("--evaluate", repo_id), "refused", repo_id, file, str(2**40))
+    assert_refused(take(repo_id), "refused", repo_id, file, str(2**40))
     assert not [path for method, path in hub.log if method == "GET" and re.match(f"/{repo_id}/.*/{file}", path)]
 
 
 @pytest.mark.parametrize("name", ["../x", "tester/..", "tester/../x", "tester/x@", "/x/y", "tester/x y"])
-def test_a_name_that_is_no_repos_is_not_asked_for(client, hub, name):
+def test_a_name_that_is_no_repos_is_not_asked_for(take, hub, name):
     before = len(hub.log)
-    assert_refused(client("--evaluate", name), name)
+    assert_refused(take(name), name)
     assert len(hub.log) == before
 
 
-def test_only_the_policys_own_files_are_downloaded(client, hub, stranger, world):
+def test_only_the_policys_own_files_are_downloaded(take, hub, stranger, world):
     repo_id = stranger(**{"../../evil": b"evil", "sub/evil": b"evil"})
-    code, _, err = client("--evaluate", repo_id, "--eval-episodes", 1)
+    code, _, err = take(repo_id, *QUICK)
     assert code == 0, err
     assert {path.split("/", 5)[5] for _, path in hub.log if path.startswith(f"/{repo_id}/")} == set(FILES)
     assert not list(world.home.rglob("evil"))

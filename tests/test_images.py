@@ -378,8 +378,9 @@ def test_a_config_that_does_not_fit_the_images_is_refused(change, main):
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | change))
     (run / "results.json").write_text("{}")
-    code, _, err = main("--evaluate", run)
-    assert (code, err.count("\n")) == (2, 1) and "config.json" in err
+    for flag in "--evaluate", "--init-from":
+        code, _, err = main(flag, run)
+        assert (code, err.count("\n")) == (2, 1) and "config.json" in err and list(Path("runs").iterdir()) == [run]
 
 
 def test_an_image_agent_loads_as_it_was_saved():

@@ -149,8 +149,10 @@ def test_a_policy_trained_with_masks_is_not_played_without_them(register, main):
     assert main("--env-id", register(partial(Rules, "info")), *MASKED)[0] == 0
     register(partial(Rules, "nowhere"))
     ppo.MASKS.clear()
-    code, out, err = main("--evaluate", "runs/it")
-    assert (code, out, len(err.splitlines())) == (2, "", 1) and "masks info, not None" in err
+    for flag in "--evaluate", "--init-from":
+        code, out, err = main(flag, "runs/it")
+        assert (code, out, len(err.splitlines())) == (2, "", 1) and "masks info, not None" in err
+    assert list(Path("runs").iterdir()) == [Path("runs/it")]
 
 
 def test_predict_asks_for_the_mask(register, main):

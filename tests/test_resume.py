@@ -179,9 +179,10 @@ def test_resuming_a_finished_run_does_nothing_and_says_so(finished, main):
     assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == before
 
 
-def test_an_unfinished_run_is_not_evaluated_but_told_to_be_resumed(unfinished, main):
-    code, _, err = main("--evaluate", RUN)
-    assert (code, err.count("\n")) == (2, 1)
+@pytest.mark.parametrize("flag", ["--evaluate", "--init-from"])
+def test_an_unfinished_run_is_not_evaluated_but_told_to_be_resumed(flag, unfinished, main):
+    code, _, err = main(flag, RUN)
+    assert (code, err.count("\n")) == (2, 1) and os.listdir("runs") == ["it"]
     assert str(RUN) in err and "--resume" in err
 
 

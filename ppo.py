@@ -2333,21 +2333,17 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if first.evaluate:
         saved, mode["evaluate"] = played_args(first.evaluate, first.env_id)  # a repo is now pinned to one commit
         return replace(read_flags(argv, saved), **mode)
+    source, name = played_args(first.init_from, first.env_id) if first.init_from else (None, None)
+    kept = {k: getattr(source, k) for k in (*NETWORK, "frame_stack")} if source else {}  # its network, and what it saw
     if mode:
         saved = load_args(Path(*mode.values()))
     else:
-        source, name = played_args(first.init_from, first.env_id) if first.init_from else (None, None)
         env_id = first.env_id or (source or Args).env_id
         kwargs = source.env_kwargs if source and env_id == source.env_id else {}
         world = WorldArgs(env_id, kwargs | first.env_kwargs, vectorization=first.vectorization or "auto")
         saved = usual_args(env_id, first.preset or find_preset(world))
-        if source:  # its network, and where it acted
-            kept = {k: getattr(source, k) for k in (*NETWORK, "frame_stack")} | {
-                "env_kwargs": saved.env_kwargs | kwargs
-            }
-            saved = replace(saved, **kept, init_from=name)
-    pinned = {"init_from": saved.init_from} if first.init_from else {}
-    args = replace(read_flags(argv, saved), **mode, **pinned)
+        saved = replace(saved, env_kwargs=saved.env_kwargs | kwargs)
+    args = replace(read_flags(argv, saved, **kept), **mode, **({"init_from": name} if name else {}))
     old, new, free = asdict(saved), asdict(args), [*FREE, *MODES]
     changed = [f"{flag(k)} {old[k]} -> {new[k]}" for k in old if old[k] != new[k] and k not in free]
     if changed and mode:  # what is resumed or pushed must be the run that it was
@@ -2356,9 +2352,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return args
 
 
-def read_flags(argv: list[str] | None, defaults: Args) -> Args:
-    """All flags, in a box of --help for each class that Args inherits from."""
-    values, boxes = asdict(defaults) | {"env_kwargs": {}}, []  # tyro takes the keys of a filled dict for flags
+def read_flags(argv: list[str] | None, defaults: Args, **kept) -> Args:
+    """All flags, in a box of --help for each class that Args inherits from; what is kept replaces defaults."""
+    values, boxes = asdict(defaults) | kept | {"env_kwargs": {}}, []  # tyro takes the keys of a filled dict for flags
     for part in reversed(Args.__bases__):
         default = part(**{f.name: values[f.name] for f in fields(part)})
         title = part.__name__.removesuffix("Args").lower()

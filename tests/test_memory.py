@@ -396,10 +396,12 @@ def test_what_cannot_be_is_refused_in_one_line(flags, words, main):
 
 
 def test_a_presets_number_of_minibatches_gives_way_aloud(main):
-    code, out, err = main("--env-id", "Pendulum-v1", "--lstm-hidden-size", 8, "--total-timesteps", 2048,
-                          "--validation-episodes", 0, "--eval-episodes", 1, "--run-name", "it")  # fmt: skip
-    assert code == 0, err
-    assert "--num-minibatches 16 -> 4" in out and ppo.load_args(Path("runs/it")).num_minibatches == 4
+    small = ["--total-timesteps", 2048, "--validation-episodes", 0, "--eval-episodes", 1]
+    memory = ["--env-id", "Pendulum-v1", "--lstm-hidden-size", 8]
+    for name, flags in [("it", memory), ("next", ["--init-from", "runs/it"])]:
+        code, out, err = main(*flags, *small, "--run-name", name)
+        assert code == 0, err
+        assert "--num-minibatches 16 -> 4" in out and ppo.load_args(Path("runs", name)).num_minibatches == 4
 
 
 def test_lines_that_the_helpers_above_rest_on(register):

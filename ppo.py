@@ -2119,7 +2119,8 @@ The agent is that of the {r["published"]} checkpoint. Mean episode return as it 
 ```python
 from ppo import Agent
 
-agent = Agent.from_pretrained("{source}", strict=True)  # agent.act(obs), a tensor, is the greedy action
+agent = Agent.from_pretrained("{source}", strict=True)
+action = agent.predict(obs)  # greedy, from and for the environment as it is; deterministic=False samples
 ```
 
 ## Train it again

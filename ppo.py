@@ -2218,14 +2218,16 @@ ATARI = IMAGES | dict(  # the published protocol: no sticky actions
     eval_episodes=30,
 )  # fmt: skip
 UNTOUCHED = {"include_cfrc_ext_in_observation": False}  # 78 contact forces, all zero in the published versions
+DISCRETE = dict(num_envs=16, num_steps=256, num_minibatches=8, update_epochs=6, learning_rate=1e-3, desired_kl=0.01,
+                hidden_sizes=(128, 128), norm_obs=True, norm_reward=True, clip_vloss=False)  # fmt: skip
+CONTINUOUS = MUJOCO | dict(total_timesteps=500_000, desired_kl=0.01)
 
 PRESETS: dict[str, dict[str, Any]] = {
     "none": {},  # CleanRL's defaults
-    "general, discrete actions": dict(
-        num_envs=16, num_steps=256, num_minibatches=8, update_epochs=6, learning_rate=1e-3, desired_kl=0.01,
-        hidden_sizes=(128, 128), norm_obs=True, norm_reward=True, clip_vloss=False,
-    ),
-    "general, continuous actions": MUJOCO | dict(total_timesteps=500_000, desired_kl=0.01),
+    "general, discrete actions": DISCRETE,
+    "general, discrete actions, few steps": DISCRETE | dict(num_envs=4),  # smaller rollouts, so that there are many
+    "general, continuous actions": CONTINUOUS,
+    "general, continuous actions, few steps": CONTINUOUS | dict(num_envs=4),
     "general, images": IMAGES | dict(norm_reward=True),
     "CartPole-v1": dict(  # the zoo's gamma and lambda
         total_timesteps=100_000, num_envs=64, num_steps=32, num_minibatches=8, update_epochs=5, learning_rate=2e-3,
@@ -2297,8 +2299,8 @@ def own_preset(env_id: str) -> str:
     return env_id if env_id in PRESETS else (fits or ["none"])[0]
 
 
-def find_preset(world: WorldArgs) -> str:
-    """The environment's own preset; else a general one, by its actions and by what it shows."""
+def find_preset(world: WorldArgs, total_timesteps: int | str = "") -> str:
+    """The environment's own preset; else a general one, by its actions, by what it shows, and by the steps there are."""
     if (own := own_preset(world.env_id)) != "none":
         return own
     try:
@@ -2310,7 +2312,9 @@ def find_preset(world: WorldArgs) -> str:
         return "none"
     if has_images(config["parts"]):
         return "general, images"
-    return "general, discrete actions" if config["nvec"] else "general, continuous actions"
+    kind = "discrete" if config["nvec"] else "continuous"
+    few = isinstance(total_timesteps, int) and total_timesteps <= 200_000  # what is no number, read_flags refuses
+    return f"general, {kind} actions{', few steps' if few else ''}"
 
 
 def flag(name: str) -> str:
@@ -2325,7 +2329,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     # First what decides where the defaults come from
     names: Any = [(name, str | None, None) for name in ("env_id", "vectorization", "preset", "init_from", *MODES)]
     kwargs: Any = ("env_kwargs", get_type_hints(WorldArgs)["env_kwargs"], field(default_factory=dict))
-    First: Any = make_dataclass("First", [*names, kwargs])
+    First: Any = make_dataclass("First", [*names, ("total_timesteps", int | str, ""), kwargs])
     first, _ = tyro.cli(First, args=argv, return_unknown_args=True, add_help=False)
     mode = {name: getattr(first, name) for name in MODES if getattr(first, name) is not None}
     started = [*mode, *(["init_from"] if first.init_from else [])]
@@ -2342,7 +2346,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         env_id = first.env_id or (source or Args).env_id
         kwargs = source.env_kwargs if source and env_id == source.env_id else {}
         world = WorldArgs(env_id, kwargs | first.env_kwargs, vectorization=first.vectorization or "auto")
-        saved = usual_args(env_id, first.preset or find_preset(world))
+        saved = usual_args(env_id, first.preset or find_preset(world, first.total_timesteps))
         saved = replace(saved, env_kwargs=saved.env_kwargs | kwargs)
     args = replace(read_flags(argv, saved, **kept), **mode, **({"init_from": name} if name else {}))
     old, new, free = asdict(saved), asdict(args), [*FREE, *MODES]

@@ -119,6 +119,9 @@ def test_a_preset_applies(env_id):
         ("Taxi-v4", "general, discrete actions", []),
         ("FrozenLake-v1", "general, discrete actions", ["--env-kwargs", "is_slippery", "False"]),
         ("MountainCarContinuous-v0", "general, continuous actions", []),
+        ("Taxi-v4", "general, discrete actions, few steps", ["--total-timesteps", "200000"]),
+        ("Taxi-v4", "general, discrete actions", ["--total-timesteps", "200001"]),
+        ("MountainCarContinuous-v0", "general, continuous actions, few steps", ["--total-timesteps", "50000"]),
         ("CarRacing-v3", "general, images", ["--env-kwargs", "continuous", "False"]),
         ("Taxi-v4", "none", ["--preset", "none"]),
         ("CartPole-v0", "CartPole-v1", ["--preset", "CartPole-v1"]),
@@ -127,7 +130,8 @@ def test_a_preset_applies(env_id):
 )
 def test_another_environment_takes_the_preset_that_is_named_or_fits_what_can_be_seen(env_id, name, flags):
     args, settings = ppo.parse_args(["--env-id", env_id, *flags]), ppo.PRESETS[name]
-    assert args == ppo.Args(env_id=env_id, preset=name, **settings | {"env_kwargs": args.env_kwargs})
+    given = {"env_kwargs": args.env_kwargs} | ({"total_timesteps": int(flags[1])} if "--total" in str(flags) else {})
+    assert args == ppo.Args(env_id=env_id, preset=name, **settings | given)
     assert args.env_kwargs == ({flags[1]: False} if flags and flags[0] == "--env-kwargs" else {})
 
 

@@ -568,11 +568,11 @@ def estimate(agent: Agent, rollout: Rollout, args: Args) -> Batch:
 def minibatches(
     batch: Batch,
     rollout: Rollout,
-    share: float,
     args: Args,
     generator: torch.Generator,
-) -> Iterator[Batch]:
-    """One epoch: the valid rows in a new order, M at a time [core 6]."""
+) -> Iterator[tuple[Batch, float]]:
+    """One epoch: the valid rows in a new order, M at a time [core 6]; each time with the share that this rank has."""
+    _, share = count_rows(rollout.valid)
     flat = Batch(*(column.flatten(0, 1) for column in vars(batch).values()))  # [N T, ...]
     rows = shuffle(rollout.valid, generator).view(args.num_minibatches, -1)
     advantages = flat.advantages[rows]  # [num_minibatches, M]
@@ -581,7 +581,7 @@ def minibatches(
     for m, A in zip(rows, advantages):
         minibatch = flat[m]
         minibatch.advantages = A
-        yield minibatch
+        yield minibatch, share
 
 
 def shuffle(valid: np.ndarray, generator: torch.Generator) -> Tensor:
@@ -666,9 +666,9 @@ def train(args: Args) -> Path:
             K = 0 if priming else args.update_epochs
             for _ in range(K):
                 kl = torch.zeros((), device=agent.device)  # mean over the epoch
-                for minibatch in epoch(batch, rollout, share, args, generator):
+                for minibatch, weight in epoch(batch, rollout, args, generator):
                     gradient, metrics = gradient_fn(agent, minibatch, args)
-                    gradient, metrics = mean_over_ranks(gradient, metrics, share)
+                    gradient, metrics = mean_over_ranks(gradient, metrics, weight)
                     check_finite(gradient, metrics, iteration)
                     optimizer.step(clip_norm(gradient, args.max_grad_norm), state.learning_rate)
                     kl += metrics["approx_kl"] / args.num_minibatches
@@ -748,22 +748,22 @@ class Chapters(Batch):
 def whole_environments(
     batch: Batch,
     rollout: Rollout,
-    share: float,
     args: Args,
     generator: torch.Generator,
-) -> Iterator[Chapters]:
+) -> Iterator[tuple[Chapters, float]]:
     """One epoch for a policy with memory: a few environments at a time, from the first step to the last [LSTM 4]."""
     T, N = rollout.valid.shape
     order = torch.randperm(N, generator=generator, device=generator.device)
     for envs in order.view(args.num_minibatches, -1):
         valid = rollout.valid[:, envs.cpu().numpy()]
+        _, share = count_rows(valid)  # of these environments, not of the rollout
         rows = shuffle(valid, generator)
         part = Batch(*(column[:, envs] for column in vars(batch).values()))
         minibatch = Batch(*(column.flatten(0, 1)[rows] for column in vars(part).values()))
         if args.norm_adv:
             minibatch.advantages = standardize(minibatch.advantages, share)
         kept = vars(minibatch) | {"obs": part.obs}
-        yield Chapters(**kept, valid=valid, memory=rollout.memory[:, envs], rows=rows)
+        yield Chapters(**kept, valid=valid, memory=rollout.memory[:, envs], rows=rows), share
 
 
 # ---- Spaces: observations of several parts, and predict ----------------------
@@ -1364,7 +1364,7 @@ def rank_sum(x: Tensor) -> Tensor:
 
 
 def count_rows(valid: np.ndarray) -> tuple[int, float]:
-    """Transitions in the rollouts of all ranks, and the share of them that is this one's."""
+    """Transitions among these rows of all ranks, and the share of them that is this one's."""
     total = int(rank_sum(torch.tensor(valid.sum())))
     return total, valid.sum() / total
 

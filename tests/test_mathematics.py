@@ -255,10 +255,8 @@ def epochs(valid, count, **kwargs):
     """`count` epochs of four minibatches each: lists of Batch."""
     args = ppo.Args(num_steps=16, num_envs=8, num_minibatches=4, **kwargs)
     generator = torch.Generator().manual_seed(2)
-    return [
-        list(ppo.minibatches(numbered_batch(), SimpleNamespace(valid=valid), 1.0, args, generator))
-        for _ in range(count)
-    ]
+    rollout = SimpleNamespace(valid=valid)
+    return [[part for part, _ in ppo.minibatches(numbered_batch(), rollout, args, generator)] for _ in range(count)]
 
 
 def row_numbers(epoch):

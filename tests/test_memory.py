@@ -127,6 +127,10 @@ def test_gradients_agree_with_those_of_single_steps(register):
         assert (a - b).abs().max() < 1e-10
 
 
+def epoch(*call):
+    return [minibatch for minibatch, _ in ppo.whole_environments(*call)]
+
+
 def prepared(env_id, n=4, minibatches=2, **settings):
     """A rollout in its middle, what was estimated of it, and one epoch of minibatches."""
     args, agent, worlds, rollout = setting(env_id, n, norm_adv=False, **settings)
@@ -136,7 +140,7 @@ def prepared(env_id, n=4, minibatches=2, **settings):
         ppo.collect(agent, worlds, rollout, generator)
     with torch.no_grad():
         batch = ppo.estimate(agent, rollout, args)
-    return agent, rollout, batch, list(ppo.whole_environments(batch, rollout, 1.0, args, generator))
+    return agent, rollout, batch, epoch(batch, rollout, args, generator)
 
 
 def test_the_first_ratio_of_each_minibatch_is_one(register):
@@ -169,7 +173,7 @@ def test_orders_differ_between_epochs_and_advantages_are_standardised_over_valid
     ppo.collect(agent, worlds, rollout, generator)
     with torch.no_grad():
         batch = ppo.estimate(agent, rollout, args)
-    first, second = (list(ppo.whole_environments(batch, rollout, 1.0, args, generator)) for _ in range(2))
+    first, second = (epoch(batch, rollout, args, generator) for _ in range(2))
     assert any(not torch.equal(a.rows, b.rows) for a, b in zip(first, second))
     for part in first:
         assert part.advantages.mean().abs() < 1e-5

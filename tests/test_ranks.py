@@ -1,6 +1,9 @@
 """Several processes under torchrun: they train one agent, decide together, and end together."""
 
+import copy
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,16 +14,20 @@ from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import QUICK, ROOT, scalars
+from gymnasium.envs.classic_control import PendulumEnv
 
 import ppo
 
 ONE_UPDATE = {"num_envs": 4, "num_steps": 32, "num_minibatches": 1, "update_epochs": 1, "total_timesteps": 128}
 PENDULUM = ppo.Args(env_id="Pendulum-v1", validation_episodes=0, **ONE_UPDATE)  # no episode ends in it
 CARTPOLE = ppo.Args(total_timesteps=1024, num_steps=64, validation_episodes=0, learning_rate=1e-2)
+MEMORY = {"lstm_hidden_size": 8, "num_minibatches": 2}  # of whole environments: each rank has two
 
 
 def join(rank, store):
@@ -73,28 +80,38 @@ def train(args):
 
 def train_on_shared_worlds(args):
     """Like `train`, but each rank takes its part of the same environments and the same noise, however many ranks."""
-    seeds, noise = ppo.seeds, torch.randn(args.num_steps, args.num_envs, 1, generator=torch.Generator().manual_seed(1))
+    seeds = ppo.seeds
 
     def shared_seeds(seed, *stream, n=1):
         return seeds(seed, *stream, n=n) if n == 1 else list(range(10 + this_rank() * n, 10 + (this_rank() + 1) * n))
 
     def shared_noise(agent, T, N, generator):
+        noise = torch.randn(T, args.num_envs, agent.outputs, generator=torch.Generator().manual_seed(1))
         return noise[:, this_rank() * N : (this_rank() + 1) * N]
 
     with patch.object(ppo, "seeds", shared_seeds), patch.object(ppo.Agent, "sample_noise", shared_noise):
         return train(args)[0]
 
 
-def test_both_ranks_end_with_the_same_weights_and_statistics(ranks):
-    args = replace(CARTPOLE, run_name="same", norm_obs=True, norm_reward=True)
+@pytest.mark.parametrize("settings", [{}, MEMORY, {"env_id": "Taxi-v4"}], ids=["plain", "memory", "masks"])
+def test_both_ranks_end_with_the_same_weights_and_statistics(settings, ranks):
+    args = replace(CARTPOLE, run_name=f"same-{len(settings)}", norm_obs=True, norm_reward=True, **settings)
     (first, _), (second, _) = ranks(train, args)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("settings", [{}, {"norm_obs": True, "norm_reward": True, "total_timesteps": 256}])
-def test_two_ranks_learn_from_a_rollout_what_one_learns(ranks, settings):
+NORMALISED = {"norm_obs": True, "norm_reward": True, "total_timesteps": 256}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, NORMALISED, {"lstm_hidden_size": 8}, NORMALISED | {"lstm_hidden_size": 8}, {"env_id": "worlds:Forbidden-v0"}],
+    ids=["plain", "normalised", "memory", "memory, normalised", "masks"],
+)
+def test_two_ranks_learn_from_a_rollout_what_one_learns(ranks, settings, request):
+    name = re.sub(r"\W+", "-", request.node.callspec.id)
     one = train_on_shared_worlds(replace(PENDULUM, run_name="one", **settings))
-    two, _ = ranks(train_on_shared_worlds, replace(PENDULUM, run_name=f"two-{len(settings)}", **settings))
+    two, _ = ranks(train_on_shared_worlds, replace(PENDULUM, run_name=f"two-{name}", **settings))
     assert one["actor.0.bias"].all()  # it started at zero
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-6, atol=1e-6)
@@ -168,6 +185,72 @@ def test_in_training_each_rank_counts_with_its_share_of_the_transitions(ranks):
         assert (a, b) == ({mine / (mine + theirs)}, {theirs / (mine + theirs)})
 
 
+class Halved(PendulumEnv):
+    """Some seeds have episodes of one step, so that every second row is a reset; the others have none at all."""
+
+    def reset(self, *, seed=None, options=None):
+        self.short = self.short if seed is None else seed != 11
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        obs, reward, *_, info = super().step(action)
+        return obs, reward, False, self.short, info
+
+
+gym.register("Halved-v0", Halved)
+
+
+def steps_of_training(args):
+    """Of each minibatch: the agent before it, what this rank had of it, its advantages as they were estimated, and the
+    gradient that both ranks took."""
+    steps, compute_gradient, clip_norm, standardize = [], ppo.compute_gradient, ppo.clip_norm, ppo.standardize
+
+    def note_and_standardize(x, share=1.0):
+        steps.append([x])
+        return standardize(x, share)
+
+    def note_and_compute(agent, batch, args):
+        steps[-1] += [copy.deepcopy(agent), batch]
+        return compute_gradient(agent, batch, args)
+
+    def note_and_clip(gradient, limit):
+        steps[-1] += [gradient]
+        return clip_norm(gradient, limit)
+
+    with patch.multiple(ppo, standardize=note_and_standardize, compute_gradient=note_and_compute,
+                        clip_norm=note_and_clip):  # fmt: skip
+        train_on_shared_worlds(args)
+    return steps
+
+
+def union(parts):
+    """The environments of all ranks in one minibatch, each of their valid rows once."""
+    valid = np.concatenate([part.valid for part in parts], 1)
+    rows, columns = torch.as_tensor(np.flatnonzero(valid)), {}
+    for name in ("actions", "logprobs", "values", "advantages", "returns"):
+        tables = [torch.zeros(*part.valid.shape, *getattr(part, name).shape[1:]) for part in parts]
+        for part, table in zip(parts, tables):
+            table.flatten(0, 1)[part.rows] = getattr(part, name)
+        columns[name] = torch.cat(tables, 1).flatten(0, 1)[rows]
+    obs, memory = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("obs", "memory"))
+    return ppo.Chapters(obs=obs, **columns, valid=valid, memory=memory, rows=rows)
+
+
+def test_with_memory_each_rank_counts_with_the_valid_rows_of_its_environments_in_a_minibatch(ranks):
+    args = replace(PENDULUM, env_id="Halved-v0", run_name="halved", update_epochs=3, total_timesteps=256, **MEMORY)
+    first, second = ranks(steps_of_training, args)
+    counts = set()
+    for (a, agent, mine, gradient), (b, _, theirs, same) in zip(first, second, strict=True):
+        counts.add((mine.valid.sum(), theirs.valid.sum()))
+        whole = union([mine, theirs])
+        raw = union([replace(mine, advantages=a), replace(theirs, advantages=b)]).advantages
+        torch.testing.assert_close(whole.advantages, ppo.standardize(raw), rtol=1e-5, atol=1e-6)
+        expected, _ = ppo.compute_gradient(agent, whole, args)
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+        assert gradient.equal(same)
+    assert len(first) == 12 and counts == {(16, 16), (32, 16)}  # valid rows of each rank
+
+
 def statistics(*batches):
     stats = ppo.RunningMeanStd((3,))
     for batch in batches:
@@ -197,8 +280,9 @@ def resumed(args):
     return train(replace(args, resume=f"runs/{args.run_name}"))
 
 
-def test_two_ranks_resume_bit_for_bit(ranks):
-    args = replace(CARTPOLE, run_name="resumed", checkpoint_every=2)
+@pytest.mark.parametrize("settings", [{}, MEMORY, {"env_id": "Taxi-v4"}], ids=["plain", "memory", "masks"])
+def test_two_ranks_resume_bit_for_bit(settings, ranks):
+    args = replace(CARTPOLE, run_name=f"resumed-{len(settings)}", checkpoint_every=2, **settings)
     straight = ranks(train, args)
     run, *_ = ranks(Path.absolute, Path("runs", args.run_name))
     last = ppo.load_checkpoint(run)
@@ -223,6 +307,43 @@ def test_torchrun_leaves_one_run_with_one_log_and_one_score():
     logged = scalars(run)["losses/policy_loss"]
     assert [step for step, _ in logged] == sorted({step for step, _ in logged}) and len(logged) == 4
     assert 2048 - 4 * 100 < logged[-1][0] <= 2048  # the steps of both ranks, less their resets
+
+
+def test_torchrun_with_memory_leaves_an_agent_that_is_played_again_as_it_was_scored(main):
+    done = torchrun(*QUICK, "--lstm-hidden-size", "8", "--num-minibatches", "2", "--run-name", "two")
+    assert done.returncode == 0, done.stderr
+    run = Path("runs/two")
+    results = json.loads((run / "results.json").read_text())
+    assert results["settings"]["ranks"] == 2 and done.stdout.count("run: runs/two\n") == 1
+    code, out, err = main("--evaluate", run)
+    assert code == 0, err
+    assert f"mean_reward {results['mean_reward']:.2f} " in out
+    agent = ppo.Agent.from_pretrained(run, strict=True)
+    agent.predict(np.zeros(4, np.float32))
+    assert agent.recalled.any() and agent.recalled.shape == (2, 1, 8)
+    assert agent.memory.weight_hh_l0.T.mm(agent.memory.weight_hh_l0).sub(torch.eye(8)).abs().max() > 1e-3  # it learned
+
+
+LAWFUL = """
+import gymnasium as gym
+from gymnasium.envs.toy_text.taxi import TaxiEnv
+
+class Lawful(TaxiEnv):
+    def step(self, action):
+        assert self.action_mask(self.s)[action], "out of law"
+        return super().step(action)
+
+gym.register("Lawful-v0", Lawful, max_episode_steps=50)
+"""
+
+
+def test_no_rank_does_what_is_forbidden(main, monkeypatch):
+    Path("lawful.py").write_text(LAWFUL)
+    done = torchrun("--env-id", "lawful:Lawful-v0", *QUICK, "--run-name", "two")
+    assert done.returncode == 0, done.stderr
+    assert "action masks: by info" in done.stdout
+    monkeypatch.syspath_prepend(".")
+    assert main("--evaluate", "runs/two", "--no-deterministic")[0] == 0
 
 
 @pytest.mark.slow

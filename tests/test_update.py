@@ -222,10 +222,10 @@ def reference_update(weights, obs, actions, rewards, terminated, done, rows, arg
     return weights
 
 
-def row_numbers(batch, rollout, share, args, generator):
+def row_numbers(batch, rollout, args, generator):
     """Of an epoch that `minibatches` is given: [num_minibatches, M], counted time by time."""
     numbered = replace(batch, obs=torch.arange(rollout.valid.size).view(rollout.valid.shape))
-    return torch.stack([part.obs for part in ppo.minibatches(numbered, rollout, share, args, generator)])
+    return torch.stack([part.obs for part, _ in ppo.minibatches(numbered, rollout, args, generator)])
 
 
 @pytest.mark.parametrize("continuous, max_grad_norm", [(False, 20.0), (True, 1.0)], ids=["discrete", "continuous"])

@@ -1349,9 +1349,9 @@ def rank_count() -> int:
 
 def join_ranks(args: Args) -> None:
     world = rank_count()
-    units = args.num_envs if args.lstm_hidden_size else args.batch_size  # that minibatches are made of
-    if args.num_envs % world or units // world % args.num_minibatches:
-        raise Stop(f"--num-envs {args.num_envs}, and the rows of a minibatch, must be multiples of {world} ranks")
+    what, total = ("environments", args.num_envs) if args.lstm_hidden_size else ("rows", args.batch_size)
+    if args.num_envs % world or total // world % args.num_minibatches:
+        raise Stop(f"--num-envs {args.num_envs}, and the {what} of a minibatch, must be multiples of {world} ranks")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
@@ -2367,13 +2367,14 @@ def read_flags(argv: list[str] | None, defaults: Args, **kept) -> Args:
     Flags: Any = make_dataclass("Flags", boxes)
     for part in vars(tyro.cli(Flags, args=argv, prog=SCRIPT, description=Args.__doc__)).values():
         values |= vars(part)
-    divisors = divisors_near(values["num_envs"], asked := values["num_minibatches"])
-    given = any(re.match("--num[-_]minibatches", word) for word in (sys.argv if argv is None else argv))
+    divisors = divisors_near(values["num_envs"] // rank_count(), asked := values["num_minibatches"])
+    words = sys.argv if argv is None else argv
+    given = values["resume"] or any(re.match("--num[-_]minibatches", word) for word in words)
     if values["lstm_hidden_size"] and asked not in divisors and not given:
         values["num_minibatches"] = min(divisors, key=lambda d: abs(d - asked))  # a preset's gives way
-        print(
-            f"--num-minibatches {asked} -> {values['num_minibatches']}, for memory wants whole environments", flush=True
-        )
+        if rank() == 0:
+            change = f"{asked} -> {values['num_minibatches']}"
+            print(f"--num-minibatches {change}, for memory wants whole environments", flush=True)
     try:
         return Args(**values | {"env_kwargs": defaults.env_kwargs | values["env_kwargs"]})
     except ValueError as error:

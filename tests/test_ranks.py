@@ -373,11 +373,37 @@ def test_two_nodes_of_one_rank_learn_what_one_node_of_two_ranks_learns():
     assert first.stdout.count("run: runs/two\n") == 1 and second.stdout == "" and not os.listdir("node-1")
 
 
-def test_environments_that_ranks_cannot_share_are_refused_in_one_line(main, monkeypatch):
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--num-envs", "3"], "--num-envs 3, and the rows of a minibatch, must be multiples of 2 ranks"),
+        (["--lstm-hidden-size", "8"], "--num-envs 4, and the environments of a minibatch, must be multiples of 2"),
+    ],
+)
+def test_environments_that_ranks_cannot_share_are_refused_in_one_line(flags, words, main, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, err = main(*QUICK, "--num-envs", "3")
-    assert code == 2 and not Path("runs").exists()
-    assert err.count("\n") == 1 and "--num-envs 3" in err and "2 ranks" in err
+    code, out, err = main(*QUICK, *flags)  # --num-minibatches 4
+    assert (code, out, err.count("\n")) == (2, "", 1) and not Path("runs").exists()
+    assert words in err
+
+
+@pytest.mark.parametrize("rank, said", [("0", "--num-minibatches 16 -> 2, "), ("1", "")])
+def test_with_memory_a_presets_minibatches_give_way_to_those_that_ranks_can_share(rank, said, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    args = ppo.parse_args(["--env-id", "Pendulum-v1", "--lstm-hidden-size", "8"])
+    assert (args.num_envs, args.num_minibatches) == (4, 2)  # each rank has two environments
+    out = capsys.readouterr().out
+    assert out.startswith(said) and bool(out) == bool(said)
+
+
+def test_on_more_ranks_the_minibatches_of_a_run_that_is_resumed_stay_as_they_are(main, monkeypatch):
+    memory = ["--lstm-hidden-size", "8", "--run-name", "one"]
+    assert main(*QUICK, *memory)[0] == 0
+    Path("runs/one/results.json").unlink()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = main("--resume", "runs/one")
+    assert (code, out) == (2, "") and "the environments of a minibatch, must be multiples of 2 ranks" in err
 
 
 UNEQUAL = """

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 import ppo
 
 CARTPOLE = ppo.Args(total_timesteps=2048, validation_episodes=0, checkpoint_every=1, num_minibatches=1, update_epochs=1)
+TAXI = replace(CARTPOLE, env_id="Taxi-v4")  # with action masks
 PENDULUM = replace(CARTPOLE, env_id="Pendulum-v1", norm_obs=True, norm_reward=True)
 
 
@@ -32,7 +33,7 @@ def train(args, run_name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("args", [CARTPOLE, PENDULUM], ids=lambda args: args.env_id)
+@pytest.mark.parametrize("args", [CARTPOLE, PENDULUM, TAXI], ids=lambda args: args.env_id)
 def test_compiled_training_is_eager_training_without_recompilation(args):
     eager, _ = train(args, "eager")
     compiled, graphs = train(replace(args, compile=True), "compiled")

@@ -102,6 +102,23 @@ def test_so_it_is_with_images_and_parts_in_each_vectorization(told, obs, vectori
     assert code == 0, err
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("obs", [IMAGE, Dict(eye=IMAGE, ear=Box(-1, 1, (2,)))], ids=["image", "image and vector"])
+def test_so_it_is_with_images_and_memory_in_each_precision(obs, precision, register, main):
+    env_id = register(partial(Rules, "observation", Discrete(4), obs))
+    small = ["--num-envs", 2, "--num-steps", 16, "--total-timesteps", 64, "--num-minibatches", 2]
+    flags = ["--lstm-hidden-size", 8, "--precision", precision]
+    code, _, err = main("--env-id", env_id, *MASKED, *small, *flags)
+    assert code == 0, err
+    agent, env = ppo.Agent.from_pretrained("runs/it", strict=True), Rules("observation", Discrete(4), obs)
+    assert agent.network.precision == precision
+    seen, _ = env.reset(seed=1)
+    for i in range(7):
+        before = agent.recalled.clone() if i else torch.zeros(2, 1, 8)
+        seen, *_ = env.step(agent.predict(seen, i % 2 == 0))
+        assert not agent.recalled.equal(before)
+
+
 @pytest.mark.parametrize("last", [0, 1])
 @pytest.mark.parametrize("told", CONVENTIONS)
 def test_the_mask_of_an_episodes_last_observation_does_not_matter(told, last, register, main):

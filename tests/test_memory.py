@@ -40,25 +40,50 @@ class Short(gym.Env):
         return self.np_random.uniform(-1, 1, 3).astype(np.float32)
 
 
-def setting(env_id, n=2, steps=12, **settings):
-    """Arguments, agent in float64, its worlds and an empty rollout."""
+class Pictures(Short):
+    """The same in images, of noise."""
+
+    observation_space = gym.spaces.Box(0, 255, (36, 36, 1), np.uint8)
+
+    def look(self):
+        return self.np_random.integers(256, size=(36, 36, 1), dtype=np.uint8)
+
+
+class Forbidding(Pictures):
+    """Two of the four choices are allowed, at each step others; the rest ends the test."""
+
+    def step(self, action):
+        assert self.allowed[action]
+        return super().step(action)
+
+    def look(self):
+        self.allowed = self.np_random.permutation(4) < 2
+        return super().look()
+
+    def action_masks(self):
+        return self.allowed
+
+
+def setting(env_id, n=2, steps=12, dtype=torch.float64, **settings):
+    """Arguments, agent in this precision, its worlds and an empty rollout."""
     args = ppo.Args(env_id=env_id, num_envs=n, num_steps=steps, total_timesteps=n * steps, num_minibatches=1,
-                    lstm_hidden_size=UNITS, **settings)  # fmt: skip
+                    lstm_hidden_size=UNITS, **{"precision": "float32"} | settings)  # fmt: skip
     torch.manual_seed(3)
     worlds = ppo.Worlds(args, ppo.seeds(1, n=n))
-    agent = ppo.Agent(**ppo.agent_config(args, worlds.envs)).double()
-    agent.encode = lambda obs: obs.double()
+    agent = ppo.Agent(**ppo.agent_config(args, worlds.envs)).to(dtype)
+    if not agent.trunk:  # which images go through
+        agent.encode = lambda obs: obs.to(dtype)
     with torch.no_grad():  # far from uniform, so that actions depend on what is remembered
         for x in agent.parameters():
             x.add_(0.3 * torch.randn_like(x))
     rollout = ppo.empty_rollout(agent, steps, n)
-    rollout.memory = rollout.memory.double()
-    worlds.memory = worlds.memory.double()
+    rollout.memory = rollout.memory.to(dtype)
+    worlds.memory = worlds.memory.to(dtype)
     return args, agent, worlds, rollout
 
 
 def one_by_one(agent, rollout, memory, over):
-    """Values [T+1, N] and outputs of the actor [T, N, 4] from single steps, with resets taken from `done`.
+    """Values [T+1, N] and logits of the policy [T, N, 4] from single steps, with resets taken from `done`.
 
     `over` is what `done` was before the first row: this row is that of the reset, so the next begins anew."""
     cell = agent.memory
@@ -66,14 +91,14 @@ def one_by_one(agent, rollout, memory, over):
     values, outputs, over = [], [], torch.as_tensor(over)
     w_ih, w_hh, b_ih, b_hh = cell.parameters()
     for t in range(len(rollout.obs)):
-        gates = rollout.obs[t].double() @ w_ih.T + b_ih + h @ w_hh.T + b_hh
+        gates = agent.encode(rollout.obs[t]) @ w_ih.T + b_ih + h @ w_hh.T + b_hh
         i, f, g, o = gates.chunk(4, -1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
         values.append(agent.critic(h).squeeze(-1))
-        outputs.append(agent.actor(h))
+        outputs.append(agent.policy(h, rollout.obs[t]).logits)
         if t < len(rollout.done):
-            kept = (~over).double().unsqueeze(-1)
+            kept = (~over).to(h.dtype).unsqueeze(-1)
             h, c = h * kept, c * kept
             over = torch.as_tensor(rollout.done[t])
     return torch.stack(values), torch.stack(outputs[:-1])
@@ -118,6 +143,27 @@ def test_so_is_that_of_episodes_that_end_at_a_rollouts_first_or_last_row(lengths
     collected(register(lambda: Short(lengths)), 2, rollouts=5)
 
 
+@pytest.mark.parametrize("world", [Pictures, Forbidding])
+def test_so_is_that_of_images_with_masks_and_without(world, register):
+    assert collected(register(world), 2) > 4
+
+
+def test_images_in_bfloat16_are_remembered_in_float32(register):
+    env_id = register(lambda: Pictures([5, 9]))  # under way where the second and the third rollout begin
+    args, agent, worlds, rollout = setting(env_id, dtype=torch.float32, precision="bfloat16")
+    over = np.zeros(2, dtype=bool)
+    for i in range(3):
+        ppo.collect(agent, worlds, rollout, torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            values, logits = one_by_one(agent, rollout, rollout.memory, over)
+            logprobs, entropies, replayed = agent.replay(rollout)
+        expected, _ = ppo.Categorical(logits, agent.nvec).logprob_and_entropy(rollout.actions.unsqueeze(-1))
+        assert {x.dtype for x in (logprobs, entropies, replayed, worlds.memory)} == {torch.float32}
+        assert (replayed - values).abs().max() < 0.01 and (logprobs - expected).abs().max() < 0.01
+        assert rollout.memory.any() == (i > 0)
+        over = rollout.done[-1].copy()
+
+
 def test_gradients_agree_with_those_of_single_steps(register):
     args, agent, worlds, rollout = setting(register(Short))
     noise = agent.sample_noise(12, 2, generator=torch.Generator().manual_seed(1))
@@ -143,8 +189,9 @@ def prepared(env_id, n=4, minibatches=2, **settings):
     return agent, rollout, batch, epoch(batch, rollout, args, generator)
 
 
-def test_the_first_ratio_of_each_minibatch_is_one(register):
-    agent, _, _, parts = prepared(register(Short))
+@pytest.mark.parametrize("world", [Short, Pictures, Forbidding])
+def test_the_first_ratio_of_each_minibatch_is_one(world, register):
+    agent, _, _, parts = prepared(register(world))
     for part in parts:
         logprobs, _, values = agent.replay(part)
         assert (logprobs - part.logprobs).abs().max() < 1e-6 and (values - part.values).abs().max() < 1e-6

@@ -148,7 +148,7 @@ class AlgorithmArgs:
 class NetworkArgs:
     """What learns: the agent keeps these in its config.json."""
 
-    hidden_sizes: tuple[Count, ...] = (64, 64)  # layers of actor and critic (images: of the heads on the Nature CNN)
+    hidden_sizes: tuple[Count, ...] = (64, 64)  # layers of actor and critic (images: of the heads on the CNN)
     activation: Literal["tanh", "relu"] = "tanh"  # between those layers
     lstm_hidden_size: Annotated[int, "from 0 to 4096", 0, 4096] = 0  # units of memory below the heads; 0, or 64 to 512
     norm_obs: bool = False  # standardise vectors by their running mean and variance
@@ -272,7 +272,7 @@ class Agent(nn.Module, hub.PyTorchModelHubMixin):
     """All that is needed to act: weights and running statistics.
 
     Vectors go through an actor's and a critic's MLP [core 13, continuous 4], images through a
-    Nature CNN below both [Atari 8]. `nvec` holds the number of choices of each discrete component
+    CNN below both [Atari 8]. `nvec` holds the number of choices of each discrete component
     of an action, None means a Box. `parts` is what an observation consists of where that is more
     than one vector, see `obs_parts`; `spaces` are the environment's own, of observations and of
     actions, see `describe`. With `masks`, an observation ends with one number for each choice: 1
@@ -381,36 +381,6 @@ def mlp(sizes: list[int], activation: str, gain: float) -> nn.Sequential:
         layers.append(nn.Tanh() if activation == "tanh" else nn.ReLU())
     last = nn.Linear(*sizes[-2:])
     return nn.Sequential(*layers, layer_init(last, gain))
-
-
-class NatureCNN(nn.Sequential):
-    """Images [n, pixels] to features [n, 512]: three convolutions and a linear layer (Mnih et al. 2015).
-
-    For 36 x 36 pixels or more, in any order of channels. Only what lies between images and
-    features is ever bfloat16: products, not weights.
-    """
-
-    features = 512
-
-    def __init__(self, kind: str, shape: list[int], precision: str):
-        channels, *size = channels_first(torch.empty(shape), shape).shape
-        layers: list[nn.Module] = []
-        for filters, kernel, stride in (32, 8, 4), (64, 4, 2), (64, 3, 1):
-            layers.append(layer_init(nn.Conv2d(channels, filters, kernel, stride)))
-            layers.append(nn.ReLU())
-            channels, size = filters, [(s - kernel) // stride + 1 for s in size]
-        linear = layer_init(nn.Linear(channels * math.prod(size), self.features))
-        super().__init__(*layers, nn.Flatten(), linear, nn.ReLU())
-        self.shape, self.white = shape, 255 if kind == "bytes" else 1
-        self.in_bfloat16 = precision == "bfloat16"
-
-    def forward(self, x: Tensor) -> Tensor:
-        full = self[0].weight.dtype
-        images = channels_first(x.reshape(-1, *self.shape), self.shape)
-        images = images.to(torch.bfloat16 if self.in_bfloat16 else full)
-        images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.in_bfloat16):
-            return super().forward(images / self.white).to(full)  # [Atari 9]
 
 
 def layer_init(layer, gain: float = math.sqrt(2)):
@@ -766,20 +736,57 @@ def whole_environments(
         yield Chapters(**kept, valid=valid, memory=rollout.memory[:, envs], rows=rows), share
 
 
-# ---- Spaces: observations of several parts, and predict ----------------------
+# ---- Spaces: images, observations of several parts, and predict --------------
+
+# In small images a byte may be a brightness or, as in MiniGrid, the number of a thing: 15 numbers, and the brightness
+SMALL_BYTES = torch.cat([torch.eye(256)[:, 1:16], torch.linspace(0, 1, 256).unsqueeze(1)], 1)
+
+
+class CNN(nn.Sequential):
+    """Images [n, pixels] to features [n, features], in any order of channels.
+
+    From 36 x 36 pixels the Nature CNN (Mnih et al. 2015), below that MinAtar's (Young & Tian 2019).
+    Only what lies between images and features is ever bfloat16: products, not weights.
+    """
+
+    def __init__(self, kind: str, shape: list[int], precision: str):
+        channels, *size = channels_first(torch.empty(shape), shape).shape
+        large = is_large(shape)
+        codes = kind == "bytes" and not large
+        channels *= 16 if codes else 1
+        filters = [(32, 8, 4), (64, 4, 2), (64, 3, 1)] if large else [(16, 3, 1)]
+        layers: list[nn.Module] = []
+        for number, kernel, stride in filters:
+            layers += [layer_init(nn.Conv2d(channels, number, kernel, stride)), nn.ReLU()]
+            channels, size = number, [(s - kernel) // stride + 1 for s in size]
+        features = 512 if large else 128
+        linear = layer_init(nn.Linear(channels * math.prod(size), features))
+        super().__init__(*layers, nn.Flatten(), linear, nn.ReLU())
+        self.features, self.shape, self.codes = features, shape, codes
+        self.white = 255 if kind == "bytes" else 1
+        self.in_bfloat16 = precision == "bfloat16"
+
+    def forward(self, x: Tensor) -> Tensor:
+        full = self[0].weight.dtype
+        kind = torch.bfloat16 if self.in_bfloat16 else full
+        images = channels_first(x.reshape(-1, *self.shape), self.shape)
+        if self.codes:
+            shown = nn.functional.embedding(images.movedim(1, -1).long(), SMALL_BYTES.to(x.device))
+            images = shown.to(kind).flatten(-2).movedim(-1, 1)
+        else:
+            images = images.to(kind).contiguous(memory_format=torch.channels_last) / self.white  # [Atari 9]
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.in_bfloat16):
+            return super().forward(images).to(full)
 
 
 class Senses(nn.ModuleList):
-    """Parts of an observation, side by side in a row: images through CNNs, codes standardised, numbers as they are."""
+    """Parts of an observation, side by side in a row: images through CNNs, numbers as they are."""
 
     def __init__(self, parts: list, precision: str):
         super().__init__()
         self.sizes = [math.prod(shape) for _, shape in parts]
-        for (kind, shape), size in zip(parts, self.sizes):
-            if len(shape) > 1:
-                self.append(NatureCNN(kind, shape, precision))
-            else:
-                self.append(nn.LayerNorm(size, elementwise_affine=False) if kind == "codes" else nn.Identity())
+        for kind, shape in parts:
+            self.append(CNN(kind, shape, precision) if len(shape) > 1 else nn.Identity())
         self.features = sum(getattr(sense, "features", size) for sense, size in zip(self, self.sizes))
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -787,10 +794,10 @@ class Senses(nn.ModuleList):
         return torch.cat([sense(x) for sense, x in zip(self, columns)], -1)
 
 
-def make_trunk(obs_shape: list[int], parts: list | None, precision: str) -> NatureCNN | Senses | None:
+def make_trunk(obs_shape: list[int], parts: list | None, precision: str) -> CNN | Senses | None:
     """What actor and critic share below their MLPs: nothing, where an observation is one vector."""
     if len(obs_shape) > 1:
-        return NatureCNN(parts[0][0] if parts else "bytes", obs_shape, precision)
+        return CNN(parts[0][0] if parts else "bytes", obs_shape, precision)
     return Senses(parts, precision) if parts else None
 
 
@@ -1121,29 +1128,28 @@ def is_supported(space: gym.Space) -> bool:
 
 
 def is_image(space: gym.Space) -> bool:
-    """Whether the Nature CNN can take it: two axes of at least 36 pixels, of bytes, bools or numbers in [0, 1]."""
-    if not isinstance(space, gym.spaces.Box) or not 2 <= len(space.shape) <= 4 or sorted(space.shape)[-2] < 36:
+    """Whether a CNN can take it: two axes of at least 5 pixels, of bytes, bools or numbers in [0, 1]."""
+    if not isinstance(space, gym.spaces.Box) or not 2 <= len(space.shape) <= 4 or sorted(space.shape)[-2] < 5:
         return False
     unit = len(space.shape) > 2 and space.low.min() >= 0 and space.high.max() <= 1
     return space.dtype == np.uint8 or unit
 
 
-def obs_parts(space: gym.Space, norm_obs: bool) -> list | None:
+def is_large(shape: list[int]) -> bool:
+    """Whether it is an image of at least 36 x 36 pixels."""
+    return len(shape) > 1 and sorted(shape)[-2] >= 36
+
+
+def obs_parts(space: gym.Space) -> list | None:
     """What an observation consists of, [kind, shape] each; None for a vector of numbers.
 
-    Images are "bytes" or "floats" in [0, 1]. Smaller ones of bytes become vectors of "codes", which are standardised
-    one by one, for they may be brightnesses as well as the numbers of things; all else is a vector of "floats".
+    Images are "bytes" or "floats" in [0, 1]; all else is a vector of "floats".
     """
     parts: list = []
     for leaf in leaves(space):
-        size, small = gym.spaces.flatdim(leaf), leaf.dtype == np.uint8 and len(leaf.shape) > 1
-        if is_image(leaf):
-            parts.append(["bytes" if leaf.dtype == np.uint8 else "floats", list(leaf.shape)])
-        else:
-            codes = small and isinstance(leaf, gym.spaces.Box) and not norm_obs
-            parts.append(["codes" if codes else "floats", [size]])
-    plain = all(kind == "floats" and len(shape) == 1 for kind, shape in parts)
-    return None if plain else parts
+        shape = list(leaf.shape or ()) if is_image(leaf) else [gym.spaces.flatdim(leaf)]
+        parts.append(["bytes" if len(shape) > 1 and leaf.dtype == np.uint8 else "floats", shape])
+    return parts if any(len(shape) > 1 for _, shape in parts) else None
 
 
 def find_env(args: Args) -> gym.envs.registration.EnvSpec:
@@ -1298,7 +1304,7 @@ def check_world(args: Args, steps: int = 500) -> None:
         found.append(f"no episode ended in {steps} steps: give max_episode_steps to gym.register")
     if np.abs(rewards).max() > 10 and not (args.norm_reward or args.clip_reward):
         found.append(f"rewards go from {rewards.min():.4g} to {rewards.max():.4g}: try --norm-reward")
-    if np.abs(values).max() > 10 and not args.norm_obs and not has_images(obs_parts(space, False)):
+    if np.abs(values).max() > 10 and not args.norm_obs and not obs_parts(space):
         found.append(f"observations go from {values.min():.4g} to {values.max():.4g}: try --norm-obs")
     if isinstance(act, gym.spaces.Box) and (act.low != -act.high).any():
         found.append(f"actions in {act} are not symmetric around 0, where a policy begins: try wrappers.RescaleAction")
@@ -1306,8 +1312,8 @@ def check_world(args: Args, steps: int = 500) -> None:
         print(f"check: {line}", flush=True)
 
 
-def has_images(parts: list | None) -> bool:
-    return any(len(shape) > 1 for _, shape in parts or [])
+def has_large_images(parts: list | None) -> bool:
+    return any(is_large(shape) for _, shape in parts or [])
 
 
 def agent_config(args: Args, envs) -> dict[str, Any]:
@@ -1329,8 +1335,8 @@ def agent_config(args: Args, envs) -> dict[str, Any]:
     obs = envs.unwrapped.single_observation_space
     config["spaces"] = [describe(obs), describe(act)]
     config["masks"] = where_masks_are(args, envs.unwrapped) if args.action_masks else None
-    config["parts"] = parts = obs_parts(without_mask(obs) if config["masks"] else obs, args.norm_obs)
-    if args.precision == "auto" and has_images(parts):
+    config["parts"] = parts = obs_parts(without_mask(obs) if config["masks"] else obs)
+    if args.precision == "auto" and parts:
         config["precision"] = "bfloat16" if has_bfloat16(args) else "float32"
     return config
 
@@ -1394,7 +1400,7 @@ def warn_if_emulated(agent: Agent) -> None:
     """Say how much longer bfloat16 takes where it is not native."""
     seconds = {}
     for precision in "float32", "bfloat16":
-        cnn = NatureCNN("bytes", [4, 84, 84], precision).to(agent.device)
+        cnn = CNN("bytes", [4, 84, 84], precision).to(agent.device)
         images = torch.zeros(8, 4, 84, 84, dtype=torch.uint8, device=agent.device)
         for _ in range(2):  # the first call makes ready
             started = time.perf_counter()
@@ -1406,7 +1412,7 @@ def warn_if_emulated(agent: Agent) -> None:
 
 def choose_device(args: Args, config: dict[str, Any]) -> torch.device:
     """Where to compute, and on how many threads: on a small MLP, a GPU or a second thread costs more than it gives."""
-    large = has_images(config["parts"]) or max(args.hidden_sizes, default=0) >= 1024
+    large = has_large_images(config["parts"]) or max(args.hidden_sizes, default=0) >= 1024
     enough = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if args.device == "cuda" and not enough:
         raise Stop("--device cuda, but torch finds no GPU here for each process: use --device auto or cpu")
@@ -2272,9 +2278,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "Hopper-v5": MUJOCO, "InvertedPendulum-v5": MUJOCO,
     "ALE/Pong-v5": ATARI | dict(total_timesteps=1_000_000, learning_rate=5e-4),
     "ALE/*": ATARI,
-    "MinAtar/*": dict(  # gymnax's layers on the flattened image
-        total_timesteps=10_000_000, num_envs=64, num_minibatches=8, learning_rate=1e-3, hidden_sizes=(256, 256),
-        activation="relu", clip_vloss=False,
+    "MinAtar/*": dict(
+        total_timesteps=10_000_000, num_envs=64, num_minibatches=8, learning_rate=1e-3, hidden_sizes=(),
+        clip_vloss=False,
     ),
 }  # fmt: skip
 
@@ -2300,7 +2306,7 @@ def own_preset(env_id: str) -> str:
 
 
 def find_preset(world: WorldArgs, total_timesteps: int | str = "") -> str:
-    """The environment's own preset; else a general one, by its actions, by what it shows, and by the steps there are."""
+    """The environment's own preset; else a general one, by its actions, what it shows, and the steps there are."""
     if (own := own_preset(world.env_id)) != "none":
         return own
     try:
@@ -2310,7 +2316,7 @@ def find_preset(world: WorldArgs, total_timesteps: int | str = "") -> str:
         config = agent_config(args, envs)
     except Exception:  # it will be told where the environment is needed
         return "none"
-    if has_images(config["parts"]):
+    if has_large_images(config["parts"]):
         return "general, images"
     kind = "discrete" if config["nvec"] else "continuous"
     few = isinstance(total_timesteps, int) and total_timesteps <= 200_000  # what is no number, read_flags refuses

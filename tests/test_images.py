@@ -112,7 +112,7 @@ def test_stacked_frames_tell_what_one_frame_does_not(vectorization):
     _, args, agent = learn(40_000 if vectorization == "sync" else 8_192, "moving", frame_stack=2, **world)
     if vectorization == "sync":
         assert score(agent, args) > 0.9
-    assert agent.obs_shape == [2 * 8 * 8 * 3]
+    assert agent.obs_shape == [2, 8, 8, 3]
 
 
 def test_a_single_frame_does_not_tell_what_stacked_ones_do():
@@ -128,9 +128,11 @@ def test_a_single_frame_does_not_tell_what_stacked_ones_do():
     [
         (Box(-1, 1, (4,)), None),
         (Discrete(3), None),
-        (Box(0, 1, (10, 10, 4), np.bool_), None),
+        (Box(0, 1, (10, 10, 4), np.bool_), [["floats", [10, 10, 4]]]),
+        (Box(0, 1, (4, 4, 4), np.bool_), None),
         (Box(0, 255, (128,), np.uint8), None),
-        (Box(0, 255, (7, 7, 3), np.uint8), [["codes", [147]]]),
+        (Box(0, 255, (7, 7, 3), np.uint8), [["bytes", [7, 7, 3]]]),
+        (Box(0, 255, (4, 7), np.uint8), None),
         (Box(0, 255, (84, 84), np.uint8), [["bytes", [84, 84]]]),
         (Box(0, 255, (4, 84, 84), np.uint8), [["bytes", [4, 84, 84]]]),
         (Box(0, 255, (120, 160, 3), np.uint8), [["bytes", [120, 160, 3]]]),
@@ -139,16 +141,12 @@ def test_a_single_frame_does_not_tell_what_stacked_ones_do():
         (Box(-1, 1, (40, 44, 3), np.float32), None),
         (Dict(a=Box(-1, 1, (2,)), b=Discrete(3)), None),
         (Dict(a=Box(0, 255, (36, 36, 3), np.uint8), b=Discrete(3)), [["bytes", [36, 36, 3]], ["floats", [3]]]),
-        (Tuple([Discrete(2), Box(0, 255, (8, 8, 3), np.uint8)]), [["floats", [2]], ["codes", [192]]]),
+        (Tuple([Discrete(2), Box(0, 255, (8, 8, 3), np.uint8)]), [["floats", [2]], ["bytes", [8, 8, 3]]]),
     ],
     ids=str,
 )
 def test_an_observation_is_taken_apart_as_its_space_says(space, parts):
-    assert ppo.obs_parts(space, norm_obs=False) == parts
-
-
-def test_small_images_of_bytes_are_plain_numbers_to_the_running_statistics():
-    assert ppo.obs_parts(Box(0, 255, (7, 7, 3), np.uint8), norm_obs=True) is None
+    assert ppo.obs_parts(space) == parts
 
 
 @pytest.mark.parametrize("shape", [(4, 40, 44), (40, 44, 4), (2, 40, 44, 2), (2, 2, 40, 44)], ids=str)
@@ -168,21 +166,33 @@ def test_every_order_of_channels_becomes_channels_first(shape):
 
 def test_the_parts_of_a_row_go_to_their_own_networks():
     torch.manual_seed(0)
-    parts = [["bytes", [36, 36, 3]], ["floats", [5]], ["codes", [12]]]
-    agent = ppo.Agent([36 * 36 * 3 + 17], [], [4], parts=parts, hidden_sizes=[8])
+    parts = [["bytes", [36, 36, 3]], ["floats", [5]], ["bytes", [7, 7, 3]]]
+    agent = ppo.Agent([36 * 36 * 3 + 5 + 147], [], [4], parts=parts, hidden_sizes=[8])
     image, numbers = torch.randint(0, 256, (6, 36, 36, 3)).float(), torch.randn(6, 5)
-    codes = torch.randint(0, 9, (6, 12)).float()
-    features = agent.encode(torch.cat([image.flatten(1), numbers, codes], 1))
+    small = torch.randint(0, 9, (6, 7, 7, 3)).float()
+    features = agent.encode(torch.cat([image.flatten(1), numbers, small.flatten(1)], 1))
     torch.testing.assert_close(features[:, :512], agent.trunk[0](image))
     assert features[:, 512:517].equal(numbers)
-    torch.testing.assert_close(features[:, 517:].mean(1), torch.zeros(6), atol=1e-6, rtol=0)
-    torch.testing.assert_close(features[:, 517:].std(1, correction=0), torch.ones(6), atol=1e-3, rtol=0)
+    torch.testing.assert_close(features[:, 517:], agent.trunk[2](small))
+
+
+def test_small_bytes_are_seen_as_brightnesses_and_as_numbers_of_things():
+    cnn, seen = ppo.CNN("bytes", [5, 6, 2], "float32"), []
+    cnn[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    image = torch.randint(0, 256, (3, 5, 6, 2), dtype=torch.uint8)
+    image[0] %= 16
+    cnn(image)
+    shown, plain = seen[0].unflatten(1, (2, 16)), image.movedim(-1, 1)
+    for number in range(1, 16):
+        assert shown[:, :, number - 1].equal((plain == number).float())
+    torch.testing.assert_close(shown[:, :, 15], plain / 255)
+    assert cnn(image).shape == (3, 128)
 
 
 @pytest.mark.parametrize("shape", [[36, 36, 3], [4, 84, 84]], ids=str)
 def test_bytes_are_scaled_and_floats_are_not(shape):
     torch.manual_seed(0)
-    by_bytes, by_floats = (ppo.NatureCNN(kind, shape, "float32") for kind in ("bytes", "floats"))
+    by_bytes, by_floats = (ppo.CNN(kind, shape, "float32") for kind in ("bytes", "floats"))
     by_floats.load_state_dict(by_bytes.state_dict())
     image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
     torch.testing.assert_close(by_bytes(image), by_floats(image.float() / 255))

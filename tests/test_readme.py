@@ -35,7 +35,6 @@ SETUP, *SHELL = [(code.splitlines(), shown.splitlines()) for kind, code, shown i
 SHELL = [(code, shown) for code, shown in SHELL if "--render" not in code[0]]  # it needs a display: see test_yours.py
 PYTHON = [code for kind, code, _ in BLOCKS if kind == "python"]
 OWN_FILES = {code.splitlines()[0].removeprefix("# "): code for code in PYTHON if code.startswith("# ")}
-FORKS = [name for name, code in OWN_FILES.items() if re.search(r"^(import|from) ppo\b", code, re.MULTILINE)]
 
 AT_ONCE = "--total-timesteps 16 --num-envs 2 --num-steps 8 --num-minibatches 2 --validation-episodes 0 " \
           "--eval-episodes 1"  # fmt: skip
@@ -208,16 +207,6 @@ def test_the_agent_acts_in_python(clone):
     code = code.replace("<run>", run.name) + "assert np.isfinite(reward)"
     code = "import numpy as np\n" + code
     assert subprocess.run([sys.executable, "-c", code], cwd=folder, env=env).returncode == 0
-
-
-@pytest.mark.parametrize("name", FORKS)
-def test_a_fork_publishes_its_own_file_and_names_it(name, clone):
-    folder, env = clone
-    printed_by(f"python {name} {AT_ONCE} --run-name fork", folder, env)
-    run = folder / "runs" / "fork"
-    assert (run / name).read_text() == OWN_FILES[name] and (run / "ppo.py").exists()
-    card = (run / "README.md").read_text()
-    assert f"python {name} --evaluate runs/fork" in card and f"python {name} --env-id CartPole-v1" in card
 
 
 # What is named

@@ -20,11 +20,13 @@ import pytest
 import torch
 from conftest import QUICK, ROOT, command, scalars
 from safetensors.torch import load_file
+from tensorboard.summary.writer import event_file_writer
 
 import ppo
 
 for package in ("Box2D", "mujoco", "ale_py", "envpool"):  # what is imported counts as a setting: no test adds to it
     importlib.import_module(package)
+event_file_writer._global_uid = event_file_writer.AtomicCounter(1000)  # of two logs of one second, 10 is read before 9
 
 RUN = Path("runs", "it")
 RESUME = ["--resume", RUN]

@@ -2235,6 +2235,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "general, continuous actions": CONTINUOUS,
     "general, continuous actions, few steps": CONTINUOUS | dict(num_envs=4),
     "general, images": IMAGES | dict(norm_reward=True),
+    "general, small images": DISCRETE | dict(norm_obs=False),
     "CartPole-v1": dict(  # the zoo's gamma and lambda
         total_timesteps=100_000, num_envs=64, num_steps=32, num_minibatches=8, update_epochs=5, learning_rate=2e-3,
         gamma=0.98, gae_lambda=0.8, clip_vloss=False,
@@ -2316,8 +2317,8 @@ def find_preset(world: WorldArgs, total_timesteps: int | str = "") -> str:
         config = agent_config(args, envs)
     except Exception:  # it will be told where the environment is needed
         return "none"
-    if has_large_images(config["parts"]):
-        return "general, images"
+    if config["parts"]:
+        return f"general, {'' if has_large_images(config['parts']) else 'small '}images"
     kind = "discrete" if config["nvec"] else "continuous"
     few = isinstance(total_timesteps, int) and total_timesteps <= 200_000  # what is no number, read_flags refuses
     return f"general, {kind} actions{', few steps' if few else ''}"

@@ -107,7 +107,7 @@ IMAGE = Box(0, 255, (40, 40, 3), np.uint8)
     "obs, action, kind",
     [
         (Box(-1, 1, (3,)), Discrete(2), "discrete actions"), (Discrete(4), MultiBinary(3), "discrete actions"),
-        (Box(0, 255, (7, 7, 3), np.uint8), MultiDiscrete([2, 3]), "discrete actions"),
+        (Box(0, 255, (7, 7, 3), np.uint8), MultiDiscrete([2, 3]), "small images"),
         (Box(-1, 1, (3,)), Box(-1, 1, (2,)), "continuous actions"), (IMAGE, Discrete(2), "images"),
         (Dict(eye=IMAGE, ear=Box(-1, 1, (2,))), Box(-1, 1, (2,)), "images"),
     ],

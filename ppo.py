@@ -2233,7 +2233,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "general, discrete actions": DISCRETE,
     "general, discrete actions, few steps": DISCRETE | dict(num_envs=4),  # smaller rollouts, so that there are many
     "general, continuous actions": CONTINUOUS,
-    "general, continuous actions, few steps": CONTINUOUS | dict(num_envs=4),
+    "general, continuous actions, few steps": CONTINUOUS | dict(num_envs=4, num_minibatches=16),
     "general, images": IMAGES | dict(norm_reward=True),
     "general, small images": DISCRETE | dict(norm_obs=False),
     "CartPole-v1": dict(  # the zoo's gamma and lambda

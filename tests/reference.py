@@ -5,6 +5,7 @@
     python tests/reference.py --summary-only                        # train nothing, redo tables and figures
     python tests/reference.py --curves                              # only curves.png, from what is committed
     python tests/reference.py --frames runs/<run>                   # only frames.png, from that run's replay.mp4
+    python tests/reference.py --learned runs/<run>                  # only learned.png: its frames, and its curve beside
 
 Interrupt it at any time; the same command goes on where it was. A run works in runs/work-<env>-seed<k>, with its
 console in the .log beside. Once it is finished, runs/reference/<env>/ keeps of it what the results are made from:
@@ -98,6 +99,8 @@ ROWS = [
     Row("worlds:PendulumNoVel-v1", 100_000, 5, 3, "-218 (RecurrentPPO)", "zoo",
         f"{PENDULUM} --lstm-hidden-size 64", "memory"),
     Row("worlds:PendulumNoVel-v1", 100_000, 5, 3, "", "", PENDULUM, "no memory"),
+    Row("worlds:MemoryS7-v0", 300_000, 3, 6, "", "", "--lstm-hidden-size 64", "memory"),
+    Row("worlds:MemoryS7-v0", 300_000, 3, 6, "", "", "", "no memory"),
     Row("Taxi-v4", 300_000, 5, 2, "", "", "", "masks"),
     Row("Taxi-v4", 300_000, 5, 2, "", "", "--no-action-masks", "no masks"),
     Row("worlds:Forbidden-v0", 100_000, 3, 1, "see maskable.md", "MaskablePPO", SAME, "masks"),
@@ -108,7 +111,8 @@ ROWS = [
 
 
 def main(envs: tuple[str, ...] = (), seeds: int | None = None, jobs: int = 2, first_seed: int = 1,
-         summary_only: bool = False, curves: bool = False, frames: tuple[Path, ...] = ()) -> int:  # fmt: skip
+         summary_only: bool = False, curves: bool = False, frames: tuple[Path, ...] = (),
+         learned: Path | None = None) -> int:  # fmt: skip
     """Run what is missing of the results, then write tables and figures.
 
     Args:
@@ -118,13 +122,16 @@ def main(envs: tuple[str, ...] = (), seeds: int | None = None, jobs: int = 2, fi
         first_seed: the first of the seeds
         summary_only: run nothing
         curves: draw curves.png and do nothing else
-        frames: films, or folders of runs that have one: make frames.png of them and do nothing else"""
+        frames: films, or folders of runs that have one: make frames.png of them and do nothing else
+        learned: the folder of a run that has a film: make learned.png of it and do nothing else"""
     if curves:
         summary = json.loads((REFERENCE / "summary.json").read_text())
         write_file(REFERENCE / "curves.png", png(small_multiples(summary), 150))
     if frames:
         write_file(REFERENCE / "frames.png", strip([path / "replay.mp4" if path.is_dir() else path for path in frames]))
-    if curves or frames:
+    if learned:
+        write_file(REFERENCE / "learned.png", picture(learned))
+    if curves or frames or learned:
         return 0
     if unknown := set(envs) - {row.env_id for row in ROWS}:
         sys.exit(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(row.env_id for row in ROWS)}")
@@ -369,6 +376,25 @@ def strip(films: list[Path], number: int = 6, height: int = 200) -> bytes:
             row += [np.asarray(frame), np.full((height, 8, 3), 255, np.uint8)]  # a white gap after each
     Image.fromarray(np.hstack(row[:-1])).save(image := io.BytesIO(), format="png", optimize=True)
     return image.getvalue()
+
+
+def picture(run: Path) -> bytes:
+    """Four frames of a run's film and, beside them, its learning curve."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    settings = json.loads((run / "hyperparameters.json").read_text())
+    total = settings["total_timesteps"]
+    figure = Figure(figsize=(10, 2.4), layout="constrained")
+    film, axes = figure.subplots(1, 2, width_ratios=(2, 1))
+    film.imshow(Image.open(io.BytesIO(strip([run / "replay.mp4"], 4, 420))))
+    film.axis("off")
+    curve = learning_curve(*training_returns(run), total)
+    steps = total * np.arange(1, len(curve) + 1) / len(curve)
+    axes.plot(steps[~np.isnan(curve)], curve[~np.isnan(curve)], color="tab:blue")
+    axes.set(title=settings["env_id"], xlabel="environment steps", ylabel="return of training episodes")
+    finish(axes, steps)
+    return png(figure, 100)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

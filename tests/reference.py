@@ -103,9 +103,9 @@ ROWS = [
     Row("worlds:MemoryS7-v0", 300_000, 3, 6, "", "", "", "no memory"),
     Row("Taxi-v4", 300_000, 5, 2, "", "", "", "masks"),
     Row("Taxi-v4", 300_000, 5, 2, "", "", "--no-action-masks", "no masks"),
-    Row("worlds:Forbidden-v0", 100_000, 3, 1, "see maskable.md", "MaskablePPO", SAME, "masks"),
+    Row("worlds:Forbidden-v0", 100_000, 3, 1, "", "", SAME, "masks"),
     Row("worlds:Forbidden-v0", 100_000, 3, 1, "", "", f"{SAME} --no-action-masks", "no masks"),
-    Row("worlds:ConnectFour-v0", 300_000, 3, 1, "see maskable.md", "MaskablePPO", SAME, "masks"),
+    Row("worlds:ConnectFour-v0", 300_000, 3, 1, "", "", SAME, "masks"),
     Row("worlds:ConnectFour-v0", 300_000, 3, 1, "", "", f"{SAME} --no-action-masks", "no masks"),
 ]  # fmt: skip
 

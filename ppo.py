@@ -2279,8 +2279,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "Hopper-v5": MUJOCO, "InvertedPendulum-v5": MUJOCO,
     "ALE/Pong-v5": ATARI | dict(total_timesteps=1_000_000, learning_rate=5e-4),
     "ALE/*": ATARI,
-    "MinAtar/*": dict(
-        total_timesteps=10_000_000, num_envs=64, num_minibatches=8, learning_rate=1e-3, hidden_sizes=(),
+    "MinAtar/*": dict(  # as for large images, small minibatches, and a large rate
+        total_timesteps=10_000_000, num_envs=64, num_minibatches=32, learning_rate=2.5e-3, hidden_sizes=(),
         clip_vloss=False,
     ),
 }  # fmt: skip

@@ -413,8 +413,9 @@ def test_an_agent_that_knows_no_spaces_says_so():
 
 
 @pytest.mark.parametrize("env_id", ["WalkerWalk-v1", "MiniGrid-Empty-5x5-v0"])
-def test_a_world_that_envpool_alone_knows_trains_and_is_evaluated(env_id, main):
+def test_a_world_that_envpool_alone_knows_trains_and_is_evaluated(env_id, main, monkeypatch):
     pytest.importorskip("envpool")
+    monkeypatch.delitem(gym.registry, env_id, raising=False)  # another test may have registered MiniGrid's
     code, out, err = main("--env-id", env_id, "--vectorization", "envpool", *QUICK, "--eval-episodes", 2,
                           "--capture-video", "--run-name", "pool")  # fmt: skip
     assert code == 0, err

@@ -70,6 +70,7 @@ class Row(NamedTuple):
 CART = ("--preset none --num-envs 16 --num-steps 64 --num-minibatches 8 --update-epochs 6 --learning-rate 2e-3 "
         "--norm-reward --no-clip-vloss")  # fmt: skip
 SAME = "--preset none --num-envs 16 --learning-rate 1e-3 --no-anneal-lr --no-clip-vloss"  # as in tests/maskable.py
+SMALL = "--preset 'general, small images'"  # as without it, but parsed without MiniGrid, too
 PENDULUM = "--preset Pendulum-v1 --num-envs 8 --num-steps 128 --num-minibatches 8"
 ROWS = [
     Row("CartPole-v1", 100_000, 10, 2, "500 +/- 0", "zoo"),
@@ -103,8 +104,8 @@ ROWS = [
     Row("worlds:PendulumNoVel-v1", 100_000, 5, 3, "-218 (RecurrentPPO)", "zoo",
         f"{PENDULUM} --lstm-hidden-size 64", "memory"),
     Row("worlds:PendulumNoVel-v1", 100_000, 5, 3, "", "", PENDULUM, "no memory"),
-    Row("worlds:MemoryS7-v0", 300_000, 3, 6, "", "", "--lstm-hidden-size 64", "memory"),
-    Row("worlds:MemoryS7-v0", 300_000, 3, 6, "", "", "", "no memory"),
+    Row("worlds:MemoryS7-v0", 300_000, 3, 6, "", "", f"{SMALL} --lstm-hidden-size 64", "memory"),
+    Row("worlds:MemoryS7-v0", 300_000, 3, 6, "", "", SMALL, "no memory"),
     Row("Taxi-v4", 300_000, 5, 2, "", "", "", "masks"),
     Row("Taxi-v4", 300_000, 5, 2, "", "", "--no-action-masks", "no masks"),
     Row("worlds:Forbidden-v0", 100_000, 3, 1, "", "", SAME, "masks"),

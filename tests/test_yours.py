@@ -324,6 +324,8 @@ sys.exit(ppo.main(sys.argv[1:]))
 """
     env = {**os.environ, "DISPLAY": display, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     env.pop("SDL_VIDEODRIVER", None)
+    if ending == "Ctrl-C":
+        closing = closing.replace("len(shown) == 3", "False")
     argv = [sys.executable, "-c", closing, "--evaluate", str(source), "--render"]
     shown = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

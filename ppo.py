@@ -753,7 +753,7 @@ class CNN(nn.Sequential):
         channels, *size = channels_first(torch.empty(shape), shape).shape
         large = is_large(shape)
         codes = kind == "bytes" and not large
-        channels *= 16 if codes else 1
+        channels *= SMALL_BYTES.shape[1] if codes else 1
         filters = [(32, 8, 4), (64, 4, 2), (64, 3, 1)] if large else [(16, 3, 1)]
         layers: list[nn.Module] = []
         for number, kernel, stride in filters:

@@ -69,7 +69,7 @@ class Row(NamedTuple):
 
 CART = ("--preset none --num-envs 16 --num-steps 64 --num-minibatches 8 --update-epochs 6 --learning-rate 2e-3 "
         "--norm-reward --no-clip-vloss")  # fmt: skip
-SAME = "--preset none --num-envs 16 --learning-rate 1e-3 --no-anneal-lr --no-clip-vloss"  # as in tests/maskable.py
+SAME = "--preset none --num-envs 16 --learning-rate 1e-3 --no-anneal-lr --no-clip-vloss"  # MaskablePPO's, too
 SMALL = "--preset 'general, small images'"  # as without it, but parsed without MiniGrid, too
 PENDULUM = "--preset Pendulum-v1 --num-envs 8 --num-steps 128 --num-minibatches 8"
 ROWS = [

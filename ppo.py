@@ -1337,7 +1337,7 @@ def agent_config(args: Args, envs) -> dict[str, Any]:
     config["masks"] = where_masks_are(args, envs.unwrapped) if args.action_masks else None
     config["parts"] = parts = obs_parts(without_mask(obs) if config["masks"] else obs)
     if args.precision == "auto" and parts:
-        config["precision"] = "bfloat16" if has_bfloat16(args) else "float32"
+        config["precision"] = "bfloat16" if has_bfloat16(choose_device(args, config)) else "float32"
     return config
 
 
@@ -1389,10 +1389,10 @@ def local_cores() -> int:
     return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def has_bfloat16(args: Args) -> bool:
-    """Whether the processor that will be used for images multiplies bfloat16 itself. Elsewhere it is emulated."""
-    if args.device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.get_device_capability() >= (8, 0)
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether it multiplies bfloat16 itself. Elsewhere it is emulated."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     return any(on is True for name, on in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
@@ -1457,17 +1457,18 @@ def evaluate(
     stream: int = EVALUATION,
     deterministic: bool = True,
     film: "Callable[[Worlds], bool | None] | None" = None,
+    limit: int = 27_000,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns and lengths, [episodes] each: the first episode of each of that many fresh environments.
 
     Their seeds follow from args.seed and the stream; nothing that training draws from is touched. No episode goes on
-    for more than 27,000 steps, Atari's limit, a film for 3,000. `film` sees the worlds before each step and at the end,
-    and may stop.
+    for more than `limit` steps, by default Atari's. `film` sees the worlds before each step and at the end, and may
+    stop.
     """
     generator = torch.Generator(agent.device).manual_seed(seeds(args.seed, stream, SAMPLING)[0])
     worlds = Worlds(args, seeds(args.seed, stream, n=episodes), training=False, render=bool(film))
     (returns, lengths), running = np.zeros((2, episodes)), np.ones(episodes, dtype=bool)
-    while running.any() and worlds.t < (3_000 if film else 27_000):
+    while running.any() and worlds.t < limit:
         if film and film(worlds):
             break
         noise = 0.0 if deterministic else agent.sample_noise(episodes, generator=generator)
@@ -1485,7 +1486,8 @@ def validate(agent: Agent, args: Args) -> float:
     """The mean return by which the best agent is kept, on rank 0."""
     if rank() > 0 or not args.validation_episodes:
         return -math.inf
-    returns, _ = evaluate(agent, args, args.validation_episodes, VALIDATION)
+    limit = 5_000  # a greedy agent may play on without end where nothing is to be won, as in Breakout
+    returns, _ = evaluate(agent, args, args.validation_episodes, VALIDATION, limit=limit)
     return float(returns.mean())
 
 
@@ -1509,7 +1511,7 @@ def record_video(agent: Agent, args: Args, path: Path) -> None:
         os.environ["SDL_VIDEODRIVER"] = "dummy"  # pygame draws without a display; so does MuJoCo, through EGL
         if sys.platform == "linux" and not os.environ.get("DISPLAY"):
             os.environ.setdefault("MUJOCO_GL", "egl")
-        evaluate(agent, args, 1, VIDEO, film=film)
+        evaluate(agent, args, 1, VIDEO, film=film, limit=3_000)
         video.close()
         os.replace(unfinished, path)
         print(f"video: {path}", flush=True)
@@ -1541,7 +1543,7 @@ def watch(agent: Agent, args: Args) -> None:
         return closed
 
     while not closed:
-        returns, lengths = evaluate(agent, args, 1, VIDEO, film=show)
+        returns, lengths = evaluate(agent, args, 1, VIDEO, film=show, limit=3_000)
         print(f"return {returns[0]:.2f} in {lengths[0]:.0f} steps", flush=True)
         args = replace(args, seed=(args.seed + 1) % 2**32)  # another episode
 
@@ -1663,7 +1665,7 @@ def new_state(args: Args) -> State:
     agent = Agent(**config).to(device)
     if learned:
         agent.load_state_dict(learned)
-    if agent.network.precision == "bfloat16" and not has_bfloat16(args) and rank() == 0:
+    if agent.network.precision == "bfloat16" and not has_bfloat16(device) and rank() == 0:
         warn_if_emulated(agent)
     generator = torch.Generator(device).manual_seed(seeds(args.seed, SAMPLING, rank())[0])
     return State(agent, FlatAdam(agent), generator, args.learning_rate, settings=describe_machine(device))
@@ -2001,7 +2003,8 @@ def load_agent(folder: Path, args: Args, source: str | None = None) -> Agent:
             difference = "; ".join(f"{name} {saved.get(name)}, not {config.get(name)}" for name in sorted(other))
             raise ValueError(f"it is not an agent for {args.env_id} with these settings: {difference}")
         weights = safetensors.torch.load_file(folder / "model.safetensors")
-        if config["precision"] == "bfloat16" and not has_bfloat16(args):
+        device = choose_device(args, config)
+        if config["precision"] == "bfloat16" and not has_bfloat16(device):
             print("warning: bfloat16 is not native here: playing in float32", file=sys.stderr)
             config["precision"] = "float32"
         with torch.device("meta"):  # shapes, but no memory: that is the file's
@@ -2016,7 +2019,7 @@ def load_agent(folder: Path, args: Args, source: str | None = None) -> Agent:
     except (ValueError, TypeError, safetensors.SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise Stop(f"refused config.json or model.safetensors of {source or folder}: {reason:.200}") from None
-    return agent.to(choose_device(args, config))
+    return agent.to(device)
 
 
 def claim_repo(args: Args) -> str:

@@ -10,22 +10,22 @@ sb3         Stable-Baselines3's defaults, seed 1
 random      random actions
 
 Each run's score goes to runs/reference/general/<world>-<kind>-seed<k>.json: the mean return of 100 greedy episodes.
-Interrupt it at any time; the same command goes on, but begins an unfinished run anew. From these files and those of
+Interrupt it at any time; the same command goes on where it was (with Stable-Baselines3, begins that run anew). From
+these files and those of
 the tuned presets, runs/reference/<world>/, follows runs/reference/general.md.
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import tyro
 import worlds as registered  # noqa: F401
+from reference import begin_or_resume, in_background, run_all
 
 ROOT = Path(__file__).resolve().parent.parent
 SCORES = ROOT / "runs" / "reference" / "general"
@@ -45,10 +45,13 @@ WORLDS = {  # steps; the tuned preset's environment, if there is one
     "UnnamedHalfCheetah-v0": (1_000_000, "HalfCheetah-v5"),
     "UnnamedAnt-v0": (1_000_000, "Ant-v5"),
     "UnnamedReacher-v0": (1_000_000, "Reacher-v5"),
+    "UnnamedInvertedPendulum-v0": (1_000_000, "InvertedPendulum-v5"),
+    "UnnamedPusher-v0": (1_000_000, "Pusher-v5"),
     "UnnamedSwimmer-v0": (1_000_000, "Swimmer-v5"),
     "UnnamedMountainCarContinuous-v0": (300_000, None),
 }
-HELD_BACK = ["UnnamedAcrobot-v0", "UnnamedEngines-v0", "UnnamedParts-v0", "UnnamedReacher-v0", "UnnamedWalker2d-v0"]
+HELD_BACK = ["UnnamedEngines-v0", "UnnamedInvertedPendulum-v0", "UnnamedParts-v0", "UnnamedPusher-v0",
+             "UnnamedWalker2d-v0"]  # fmt: skip
 APART = ["UnnamedSwimmer-v0", "UnnamedMountainCarContinuous-v0"]  # they need what no general setting gives
 SEEDS = {"general": (1, 2, 3), "none": (1,), "sb3": (1,), "random": (1,)}
 EPISODES = 100
@@ -70,14 +73,9 @@ def main(worlds: tuple[str, ...] = tuple(WORLDS), kinds: tuple[str, ...] = tuple
         return
     queue = [(world, kind, seed) for world in worlds for kind in kinds for seed in SEEDS[kind]]
     queue = [] if table_only else [job for job in queue if not score_file(*job).exists()]
-    running: dict[subprocess.Popen, tuple[str, str, int]] = {}
-    while queue or running:
-        while queue and len(running) < jobs:
-            running[start(*queue[0])] = queue.pop(0)
-        for process in [p for p in running if p.poll() is not None]:
-            collect(process, *running.pop(process))
-        time.sleep(0.2)
+    code = run_all(queue, jobs, start, collect)
     (SCORES.parent / "general.md").write_text(page())
+    sys.exit(code)
 
 
 def score_file(world: str, kind: str, seed: int) -> Path:
@@ -90,23 +88,14 @@ def work_folder(world: str, kind: str, seed: int) -> Path:
 
 def start(world: str, kind: str, seed: int) -> subprocess.Popen:
     run = work_folder(world, kind, seed)
-    shutil.rmtree(run, ignore_errors=True)
-    run.parent.mkdir(exist_ok=True)
-    command = ["tests/general.py", "--one", world, kind, str(seed)]
-    if kind in ("general", "none"):
-        preset = ["--preset", "none"] if kind == "none" else []
-        command = ["ppo.py", "--env-id", f"worlds:{world}", "--total-timesteps", str(WORLDS[world][0]), *preset]
-        command += ["--seed", str(seed), "--run-name", run.name]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
-    with open(f"{run}.log", "w") as log:
-        return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=log, stderr=log)
+    if kind in ("sb3", "random"):
+        return in_background(run, ["tests/general.py", "--one", world, kind, str(seed)])
+    flags = ["--env-id", f"worlds:{world}", "--total-timesteps", str(WORLDS[world][0]), "--seed", str(seed)]
+    return begin_or_resume(run, flags + ["--preset", "none"] * (kind == "none"))
 
 
-def collect(process: subprocess.Popen, world: str, kind: str, seed: int) -> None:
+def collect(world: str, kind: str, seed: int) -> str:
     run = work_folder(world, kind, seed)
-    if process.returncode:
-        print(f"{world} {kind} seed {seed} failed, see {run}.log", flush=True)
-        return
     if kind in ("general", "none"):
         score = json.loads((run / "results.json").read_text())["episode_returns"]
     else:
@@ -116,7 +105,7 @@ def collect(process: subprocess.Popen, world: str, kind: str, seed: int) -> None
     result |= {"mean_reward": float(np.mean(score)), "std_reward": float(np.std(score))}
     score_file(world, kind, seed).write_text(json.dumps(result, indent=2) + "\n")
     shutil.rmtree(run, ignore_errors=True)
-    print(f"{world:34} {kind:8} seed {seed}  {result['mean_reward']:9.2f} +/- {result['std_reward']:.2f}", flush=True)
+    return "{mean_reward:.2f} +/- {std_reward:.2f}".format(**result)
 
 
 def sb3(world: str, seed: int) -> list[float]:

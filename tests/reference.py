@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -142,7 +143,7 @@ def main(envs: tuple[str, ...] = (), seeds: int | None = None, jobs: int = 2, fi
         sys.exit(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(row.env_id for row in ROWS)}")
     rows = [row for row in ROWS if (row.env_id in envs if envs else not row.env_id.startswith("ALE/"))]
     queue = [(row, seed) for row in rows for seed in range(first_seed, first_seed + (seeds or row.seeds))]
-    code = 0 if summary_only else run_all(queue, jobs)
+    code = 0 if summary_only else run_rows(queue, jobs)
     for row in ROWS:
         if (reference_folder(row) / "curve.csv").exists():
             draw(row.env_id, reference_folder(row))
@@ -169,30 +170,34 @@ def work_folder(row: Row, seed: int) -> Path:
     return ROOT / "runs" / f"work-{row.name}-seed{seed}"
 
 
-def run_all(queue: list[tuple[Row, int]], jobs: int) -> int:
-    """Train what is not finished yet, `jobs` at a time; the exit code. A signal stops the runs cleanly, then us."""
-    stopped: list[int] = []  # a flag, not an exception, so that no file is left half written
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: stopped.append(number))
+def run_rows(queue: list[tuple[Row, int]], jobs: int) -> int:
+    """Train what is not finished yet; the exit code."""
     for row, seed in queue:
         for folder in (reference_folder(row), work_folder(row, seed)):
             if changed := other_settings(row, folder):
                 sys.exit(f"{folder} was trained with other settings ({', '.join(changed)}): remove it to start anew")
     queue = [(row, seed) for row, seed in queue if not (reference_folder(row) / f"seed{seed}.json").exists()]
-    running: dict[subprocess.Popen, tuple[Row, int]] = {}
+    return run_all(queue, jobs, start, collect)
+
+
+def run_all(queue: list[tuple], jobs: int, start: Callable, collect: Callable) -> int:
+    """Start these jobs, `jobs` at a time, and collect each that ends well; the exit code.
+
+    A signal stops the runs cleanly, then us."""
+    stopped: list[int] = []  # a flag, not an exception, so that no file is left half written
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stopped.append(number))
+    running: dict[subprocess.Popen, tuple] = {}
     failed = 0
     try:
         while (queue or running) and not stopped:
             while queue and len(running) < jobs:
-                job = queue.pop(0)
+                job, *queue = queue
                 running[start(*job)] = job
             for process in [p for p in running if p.poll() is not None]:
-                row, seed = running.pop(process)
-                outcome = f"failed, see {work_folder(row, seed)}.log"
-                if process.returncode == 0:
-                    score = collect(row, seed)
-                    outcome = "{mean_reward:9.2f} +/- {std_reward:7.2f} {training_seconds:7.0f} s".format(**score)
-                print(f"{row.name:25} seed {seed:2}  {outcome}", flush=True)
+                job = running.pop(process)
+                outcome = collect(*job) if process.returncode == 0 else "failed, see its .log"
+                print(*(getattr(word, "name", word) for word in job), outcome, flush=True)
                 failed |= process.returncode != 0
             time.sleep(0.2)
     finally:
@@ -204,16 +209,24 @@ def run_all(queue: list[tuple[Row, int]], jobs: int) -> int:
 
 
 def start(row: Row, seed: int) -> subprocess.Popen:
+    return begin_or_resume(work_folder(row, seed), [*row.command, "--seed", str(seed)])
+
+
+def begin_or_resume(run: Path, flags: list[str]) -> subprocess.Popen:
     """A process that begins this run or goes on with it, in a session of its own: Ctrl-C shall reach us alone."""
-    run = work_folder(row, seed)
     if list(run.glob("checkpoint-*.pt")):
-        flags = ["--resume", f"runs/{run.name}"]
+        command = ["ppo.py", "--resume", f"runs/{run.name}"]
     else:
         shutil.rmtree(run, ignore_errors=True)  # it stopped before its first checkpoint
-        flags = [*row.command, "--seed", str(seed), "--run-name", run.name]
+        command = ["ppo.py", *flags, "--run-name", run.name]
+    return in_background(run, command)
+
+
+def in_background(run: Path, command: list[str]) -> subprocess.Popen:
+    """This Python with a command of ours, on one thread; what it prints goes to the .log beside the run."""
     run.parent.mkdir(exist_ok=True)
     with open(f"{run}.log", "a") as log:
-        return subprocess.Popen([sys.executable, "ppo.py", *flags], cwd=ROOT, stdout=log, stderr=log,
+        return subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=log, stderr=log,
                                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")},
                                 start_new_session=True)  # fmt: skip
 
@@ -228,7 +241,7 @@ def other_settings(row: Row, folder: Path) -> list[str]:
     return [name for name in then if name in now and then[name] != now[name] and name not in free]
 
 
-def collect(row: Row, seed: int) -> dict:
+def collect(row: Row, seed: int) -> str:
     """Copy what a finished run has shown to the reference folder, its results last: they mark it as done."""
     run, folder = work_folder(row, seed), reference_folder(row)
     folder.mkdir(parents=True, exist_ok=True)
@@ -239,7 +252,7 @@ def collect(row: Row, seed: int) -> dict:
     write_curves(folder / "curve.csv", total, curves | {seed: learning_curve(*training_returns(run), total)})
     results = json.loads((run / "results.json").read_text())
     write_json(folder / f"seed{seed}.json", results)
-    return results
+    return "{mean_reward:.2f} +/- {std_reward:.2f}, {training_seconds:.0f} s".format(**results)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

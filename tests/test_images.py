@@ -314,7 +314,7 @@ def test_a_rollout_is_replayed_as_it_was_played(precision, monkeypatch):
 
 def test_auto_is_what_the_processor_has_and_is_saved_as_that(monkeypatch):
     for native, chosen in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(ppo, "has_bfloat16", lambda args, native=native: native)
+        monkeypatch.setattr(ppo, "has_bfloat16", lambda device, native=native: native)
         run, _, agent = learn(1024, "bytes", run_name=chosen, env_kwargs={"size": 36})
         assert agent.network.precision == chosen
         assert json.loads((run / "hyperparameters.json").read_text())["precision"] == chosen
@@ -327,17 +327,17 @@ def test_without_convolutions_there_is_nothing_to_speed_up(main):
 
 
 def test_bfloat16_is_played_in_float32_where_it_is_not_native_and_that_is_said(main, monkeypatch):
-    monkeypatch.setattr(ppo, "has_bfloat16", lambda args: True)
+    monkeypatch.setattr(ppo, "has_bfloat16", lambda device: True)
     flags = ["--env-id", "images/Pixel-v0", "--env-kwargs", "size", 36, "--num-envs", 4, "--num-steps", 16,
              "--total-timesteps", 128, "--validation-episodes", 0, "--eval-episodes", 2]  # fmt: skip
     assert main(*flags, "--run-name", "fast", "--precision", "bfloat16")[0] == 0
-    monkeypatch.setattr(ppo, "has_bfloat16", lambda args: False)
+    monkeypatch.setattr(ppo, "has_bfloat16", lambda device: False)
     code, out, err = main("--evaluate", "runs/fast")
     assert code == 0 and "float32" in err and err.count("\n") == 1
 
 
 def test_bfloat16_where_it_is_not_native_warns_with_the_measured_factor(main, monkeypatch):
-    monkeypatch.setattr(ppo, "has_bfloat16", lambda args: False)
+    monkeypatch.setattr(ppo, "has_bfloat16", lambda device: False)
     flags = ["--env-id", "images/Pixel-v0", "--env-kwargs", "size", 36, "--num-envs", 4, "--num-steps", 16,
              "--total-timesteps", 128, "--validation-episodes", 0, "--eval-episodes", 2]  # fmt: skip
     code, _, err = main(*flags, "--run-name", "slow", "--precision", "bfloat16")

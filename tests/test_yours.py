@@ -330,7 +330,7 @@ sys.exit(ppo.main(sys.argv[1:]))
     shown = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         if ending == "Ctrl-C":
-            time.sleep(4)
+            assert any(line.startswith("return ") for line in shown.stdout)  # waits for the first episode's end
             shown.send_signal(2)
         out, err = shown.communicate(timeout=60)
     finally:

@@ -56,6 +56,7 @@ a constant epsilon. Left out is the KL penalty, Eq. 8, which did worse there. De
 - Logged losses are means over all minibatches. Evaluation is greedy, in fresh environments, of the best checkpoint.
 """
 
+import ast
 import contextlib
 import fnmatch
 import importlib.util
@@ -78,9 +79,10 @@ import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
+from unittest import mock
 
 import gymnasium as gym
 import huggingface_hub as hub
@@ -98,8 +100,7 @@ from tqdm import tqdm
 
 # ---- Settings: each is a flag ------------------------------------------------
 
-# A type, its range in words, its bounds: see `check`
-Count = Annotated[int, "from 1 to 65536", 1, 2**16]
+Count = Annotated[int, "from 1 to 65536", 1, 2**16]  # a type, its range in words, its bounds: see `check`
 Positive = Annotated[float, "above 0 and finite", sys.float_info.min, sys.float_info.max]
 Weight = Annotated[float, "0 or more, and finite", 0, sys.float_info.max]
 Fraction = Annotated[float, "from 0 to 1", 0, 1]
@@ -456,9 +457,10 @@ def standardize(x: Tensor, share: float = 1.0) -> Tensor:
     return ((x - mean) / (deviation + 1e-8)).float()
 
 
-def clip_norm(gradient: Tensor, limit: float) -> Tensor:
-    """The gradient, shortened if its norm, over all parameters at once, exceeds the limit [core 11]."""
-    return gradient * (limit / (gradient.norm() + 1e-6)).clamp(max=1)
+def clip_norm(gradient: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """The gradient, shortened if its norm, over all parameters at once, exceeds the limit [core 11]; and that norm."""
+    norm = gradient.norm()
+    return gradient * (limit / (norm + 1e-6)).clamp(max=1), norm
 
 
 # ---- Collect, estimate, optimise: Algorithm 1 --------------------------------
@@ -639,8 +641,9 @@ def train(args: Args) -> Path:
                 for minibatch, weight in epoch(batch, rollout, args, generator):
                     gradient, metrics = gradient_fn(agent, minibatch, args)
                     gradient, metrics = mean_over_ranks(gradient, metrics, weight)
-                    check_finite(gradient, metrics, iteration)
-                    optimizer.step(clip_norm(gradient, args.max_grad_norm), state.learning_rate)
+                    gradient, metrics["gradient_norm"] = clip_norm(gradient, args.max_grad_norm)
+                    check_finite(metrics, iteration)
+                    optimizer.step(gradient, state.learning_rate)
                     kl += metrics["approx_kl"] / args.num_minibatches
                     log.add(metrics)
                 if args.desired_kl:
@@ -1103,12 +1106,10 @@ def where_masks_are(args: Args, envs) -> str | None:
     if not isinstance(envs, (gym.vector.SyncVectorEnv, gym.vector.AsyncVectorEnv)):
         return None
     if name not in MASKS:  # look once
-        env = gym.make(find_env(args), **args.env_kwargs)
-        if env.has_wrapper_attr("action_masks"):
+        if envs.call("has_wrapper_attr", "action_masks")[0]:
             MASKS[name] = "method"
         else:
-            MASKS[name] = "info" if "action_mask" in env.reset(seed=0)[1] else None
-        env.close()
+            MASKS[name] = "info" if "action_mask" in envs.reset(seed=0)[1] else None
     return MASKS[name]
 
 
@@ -2161,9 +2162,9 @@ class Stop(Exception):
         self.code = code
 
 
-def check_finite(gradient: Tensor, metrics: dict[str, Tensor], iteration: int) -> None:
-    total = gradient.norm() + metrics["policy_loss"] + metrics["value_loss"]  # costs a synchronisation, and saves a run
-    if not total.isfinite():
+def check_finite(metrics: dict[str, Tensor], iteration: int) -> None:
+    total = metrics["gradient_norm"] + metrics["policy_loss"] + metrics["value_loss"]
+    if not total.isfinite():  # costs a synchronisation, and saves a run
         raise Stop(f"loss or gradient not finite in iteration {iteration}: lower --learning-rate", code=1)
 
 
@@ -2375,7 +2376,9 @@ def read_flags(argv: list[str] | None, defaults: Args, **kept) -> Args:
         title = part.__name__.removesuffix("Args").lower()
         boxes.append((title, tyro.conf.OmitArgPrefixes[part], field(default=default)))  # type: ignore
     Flags: Any = make_dataclass("Flags", boxes)
-    for part in vars(tyro.cli(Flags, args=argv, prog=SCRIPT, description=Args.__doc__)).values():
+    with mock.patch("ast.parse", cache(ast.parse)):  # else tyro, for its --help, reads this file class by class anew
+        flags = tyro.cli(Flags, args=argv, prog=SCRIPT, description=Args.__doc__)
+    for part in vars(flags).values():
         values |= vars(part)
     divisors = divisors_near(values["num_envs"] // rank_count(), asked := values["num_minibatches"])
     words = sys.argv if argv is None else argv

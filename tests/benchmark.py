@@ -145,7 +145,7 @@ def floors(args):
 
     def step(gradient_fn):
         gradient, _ = gradient_fn(agent, minibatch, args)
-        optimizer.step(ppo.clip_norm(gradient, args.max_grad_norm), args.learning_rate)
+        optimizer.step(ppo.clip_norm(gradient, args.max_grad_norm)[0], args.learning_rate)
 
     def seconds(work):
         """Median of at least five times, over about two seconds, after a first call that warms up."""

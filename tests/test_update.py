@@ -302,8 +302,8 @@ def test_logged_losses_are_means_over_all_minibatches_of_the_iteration(monkeypat
     steps = record(monkeypatch, "compute_gradient")
     logs = scalars(ppo.train(quick(iterations=3)))
     names = list(steps[0][1][1])
-    assert len(names) == 6
-    means = torch.stack([torch.stack(list(metrics.values())) for _, (_, metrics) in steps]).view(3, 3 * 2, 6).mean(1)
+    assert names[-1] == "gradient_norm" and len(names) == 7
+    means = torch.stack([torch.stack(list(metrics.values())) for _, (_, metrics) in steps]).view(3, 3 * 2, 7).mean(1)
     for name, expected in zip(names, means.unbind(1)):
         assert [value for _, value in logs[f"losses/{name}"]] == pytest.approx(expected.tolist(), abs=1e-6)
 

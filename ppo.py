@@ -1614,20 +1614,16 @@ def legs(start: int, args: Args) -> Iterator[range]:
 def open_run(args: Args) -> tuple[Path, State]:
     """The run's folder and the state to start from: a new one, or with --resume the checkpoint's."""
     state, run, saved = new_state(args), args.run, None
-    if rank() == 0 and args.resume:
-        saved = load_checkpoint(run)
-    elif rank() == 0:
-        if list(run.glob("checkpoint-*.pt")) or (run / "results.json").exists():
-            raise Stop(f"{run} exists: choose another --run-name or, if it is not finished, --resume {run}")
+    if rank() == 0:
         try:
-            run.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise Stop(f"cannot create {run}: {error.strerror}") from None
-        settings = public(args) | {"precision": state.agent.network.precision}  # what `auto` chose
-        write_json(run / "hyperparameters.json", {k: v for k, v in settings.items() if k not in MODES})
+            saved = load_checkpoint(run) if args.resume else make_folder(args, state)
+        except Stop as stop:
+            saved = stop  # for all ranks
     if dist.is_initialized():
         dist.broadcast_object_list(shared := [saved])
         saved = shared[0]
+    if isinstance(saved, Stop):
+        raise saved
     before, here = saved["settings"] if saved else state.settings, state.settings
     if saved:
         restore(args, state, saved)
@@ -1637,6 +1633,19 @@ def open_run(args: Args) -> tuple[Path, State]:
         if changed := ", ".join(f"{k} {before.get(k)} -> {here[k]}" for k in here if here[k] != before.get(k)):
             print(f"warning: this will not be bit for bit the run that was interrupted: {changed}", file=sys.stderr)
     return run, state
+
+
+def make_folder(args: Args, state: State) -> None:
+    """A new run's, with the settings in it."""
+    run = args.run
+    if list(run.glob("checkpoint-*.pt")) or (run / "results.json").exists():
+        raise Stop(f"{run} exists: choose another --run-name or, if it is not finished, --resume {run}")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Stop(f"cannot create {run}: {error.strerror}") from None
+    settings = public(args) | {"precision": state.agent.network.precision}  # what `auto` chose
+    write_json(run / "hyperparameters.json", {k: v for k, v in settings.items() if k not in MODES})
 
 
 def public(args: Args) -> dict[str, Any]:

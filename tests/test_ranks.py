@@ -445,6 +445,14 @@ gym.register("Mortal-v0", Mortal, max_episode_steps=100)
 """
 
 
+def test_what_the_first_rank_refuses_ends_all_in_one_line():
+    Path("runs/two").mkdir(parents=True)
+    Path("runs/two/results.json").write_text("{}")
+    done = torchrun(*QUICK, "--run-name", "two")
+    assert done.returncode == 1 and done.stderr.count("error: runs/two exists") == 1
+    assert "rank1" not in done.stderr and "exitcode  : 2" in done.stderr
+
+
 def test_an_environment_that_fails_on_one_rank_ends_all():
     Path("mortal.py").write_text(MORTAL)
     done = torchrun("--env-id", "mortal:Mortal-v0", *QUICK, "--run-name", "two", FATE="raise")

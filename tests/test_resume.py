@@ -339,9 +339,9 @@ def test_a_checkpoint_that_carries_code_runs_nothing(unfinished, uninterrupted, 
 def test_the_best_checkpoint_is_published_and_a_tie_goes_to_the_newer(scores, best, main, monkeypatch):
     agents, evaluate = [], ppo.evaluate
 
-    def scripted(agent, args, episodes, stream, *rest):
+    def scripted(agent, args, episodes, stream, *rest, **kwargs):
         if stream != ppo.VALIDATION:
-            return evaluate(agent, args, episodes, stream, *rest)
+            return evaluate(agent, args, episodes, stream, *rest, **kwargs)
         agents.append({name: value.clone() for name, value in agent.state_dict().items()})
         return np.full((2, episodes), scores[len(agents) - 1])
 

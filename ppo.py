@@ -1613,10 +1613,14 @@ def legs(start: int, args: Args) -> Iterator[range]:
 
 def open_run(args: Args) -> tuple[Path, State]:
     """The run's folder and the state to start from: a new one, or with --resume the checkpoint's."""
-    state, run, saved = new_state(args), args.run, None
+    state, run = new_state(args), args.run
+    saved: Any = None
     if rank() == 0:
         try:
-            saved = load_checkpoint(run) if args.resume else make_folder(args, state)
+            if args.resume:
+                saved = load_checkpoint(run)
+            else:
+                make_folder(args, state)
         except Stop as stop:
             saved = stop  # for all ranks
     if dist.is_initialized():

@@ -46,7 +46,7 @@ def run(request, monkeypatch):
 def played(main, monkeypatch):
     """Play with these flags, in this process: (returns, lengths) of the episodes, and what was printed."""
     scores, evaluate = [], ppo.evaluate
-    monkeypatch.setattr(ppo, "evaluate", lambda *args: scores.append(evaluate(*args)) or scores[-1])
+    monkeypatch.setattr(ppo, "evaluate", lambda *args, **kwargs: scores.append(evaluate(*args, **kwargs)) or scores[-1])
 
     def play(*argv):
         code, out, err = main(*PLAY, *argv)

@@ -134,8 +134,8 @@ def test_a_run_without_requirements_is_played_with_uv(trained, results, tmp_path
 def test_logs_carry_cleanrls_names(trained):
     assert set(scalars(trained.run)) == {
         "charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/learning_rate", "losses/policy_loss",
-        "losses/value_loss", "losses/entropy", "losses/old_approx_kl", "losses/approx_kl", "losses/clipfrac", "losses/gradient_norm",
-        "losses/explained_variance", "eval/validation", "eval/mean_reward",
+        "losses/value_loss", "losses/entropy", "losses/old_approx_kl", "losses/approx_kl", "losses/clipfrac",
+        "losses/gradient_norm", "losses/explained_variance", "eval/validation", "eval/mean_reward",
     }  # fmt: skip
 
 

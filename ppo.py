@@ -32,7 +32,7 @@ Letters and equations are those of Schulman et al.: "Proximal Policy Optimizatio
     epsilon        how far the ratio r(theta) may leave 1     --clip-coef; theta: all parameters, in one vector
     gamma, lambda  discount, decay of GAE                     --gamma, --gae-lambda
     c1, c2         weights of value loss and entropy bonus    --vf-coef (2 c1, of half the squared error), --ent-coef
-    obs [T+1, N, *obs_shape], values [T+1, N], actions [T, N, *action_shape], all else [T, N]; of a minibatch [M, ...]
+    obs [T+1, N, *obs_shape], actions [T, N, *action_shape], the rest [T, N], V(obs) [T+1, N]; of a minibatch [M, ...]
 
 The end of an episode in a rollout. Gymnasium spends a step on the reset: row 2 is no transition, and is not learned.
 
@@ -41,17 +41,17 @@ The end of an episode in a rollout. Gymnasium spends a step on the reset: row 2 
     actions[t]      a0    a1    -     b0    b1     taken at obs[t]; the one at o2 is ignored
     rewards[t]      r0    r1    0     q0    q1
     terminated[t]   no    yes   no    no    no     nothing follows r1; after a truncation, gamma V(o2) does
-    done[t]         no    yes   no    no    no     terminated or truncated: no advantage flows back from row 2
+    done[t]         no    yes   no    no    no     the episode is over: no advantage flows back from row 2
     valid[t]        yes   yes   no    yes   yes    whether row t is a transition
 
 [core 7] is the seventh core detail of "The 37 Implementation Details of PPO" (Huang et al. 2022), and so on. Departures
 from the paper, as in most implementations: standardised advantages [core 7], clipped values and gradients [core 9, 11],
 a constant epsilon. Left out is the KL penalty, Eq. 8, which did worse there. Departures from CleanRL:
 - A truncated episode is bootstrapped from its last observation; the row of a reset is not learned.
-- A rollout needs only actions; log-probabilities and values follow in large batches: the same numbers, but faster.
+- A rollout needs only actions; log-probabilities and values follow in large batches: the same, but faster.
 - Statistics for normalisation belong to the agent and change between iterations only, so that each ratio starts at 1;
   the first rollout fills them, and is not learned from [continuous 6, 8].
-- A lost life counts as a termination, but the game goes on [Atari 3], and the agent itself has to fire [Atari 4].
+- A lost life counts as a termination, but the game goes on [Atari 3]: after it the agent itself has to fire [Atari 4].
 - Environments can't be saved, so every run makes new ones at each checkpoint, and cuts the episodes under way.
 - Logged losses are means over all minibatches. Evaluation is greedy, in fresh environments, of the best checkpoint.
 """
@@ -112,7 +112,7 @@ class WorldArgs:
 
     env_id: str = "CartPole-v1"  # Gymnasium id; `my_module:MyEnv-v0` imports your own module first
     env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # its options: `is_slippery False`
-    preset: str = "none"  # of PRESETS, where all defaults come from; that which fits the world, if not given
+    preset: str = "none"  # where all defaults come from, see PRESETS; if not given, the one that fits the world
     num_envs: Count = 4  # N, environments side by side
     vectorization: Literal["auto", "sync", "async", "native", "envpool"] = "auto"  # auto: native if there is one
     frame_stack: Annotated[int, "from 1 to 64", 1, 64] = 1  # see the last so many observations at once (sync, async)
@@ -197,7 +197,7 @@ class MachineArgs:
 
 @dataclass(frozen=True)
 class Args(MachineArgs, RunArgs, EvaluationArgs, NetworkArgs, AlgorithmArgs, WorldArgs):  # fields of the last are first
-    """Train a PPO agent; or evaluate, resume or push one. Defaults are the environment's preset where there is one."""
+    """Train a PPO agent; or evaluate, resume or push one. Defaults are the preset that fits the environment."""
 
     @property
     def num_iterations(self) -> int:
@@ -356,7 +356,7 @@ class Agent(nn.Module, hub.PyTorchModelHubMixin):
         return self.kind.noise(x, generator)
 
     def replay(self, x: "Rollout | Batch") -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities of the actions taken, entropies there, and values; of a rollout obs[T]'s, too."""
+        """Log-probabilities, entropies and values again; a rollout's obs[T] has a value, but no action."""
         obs, features = x.obs, self.encode(x.obs)
         if self.memory:
             obs, features = self.memory(features, x)
@@ -408,7 +408,8 @@ def compute_gae(
     true last observation. Advantages never flow back from the next episode.
     """
     delta = (rewards + gamma * values[1:] * ~terminated - values[:-1]).unbind()  # PPO Eq. 12
-    decay = (gamma * gae_lambda * (~done).to(values.dtype)).unbind()
+    over = terminated | done  # a lost life is no done
+    decay = (gamma * gae_lambda * (~over).to(values.dtype)).unbind()
     advantages = [delta[-1]]
     for t in reversed(range(len(delta) - 1)):
         advantages.append(delta[t] + decay[t] * advantages[-1])  # PPO Eq. 11
@@ -423,7 +424,7 @@ def policy_loss(logratio: Tensor, advantages: Tensor, epsilon: float) -> Tensor:
 
 
 def value_loss(new: Tensor, old: Tensor, returns: Tensor, epsilon: float | None) -> Tensor:
-    """Half the squared error; with epsilon, row by row, the larger of it and that of a value within old +/- epsilon."""
+    """Half the squared error; with epsilon, row by row, the larger of those of `new` and of it clipped about `old`."""
     error = (new - returns) ** 2
     if epsilon is not None:  # [core 9]
         clipped = old + (new - old).clamp(-epsilon, epsilon)
@@ -436,8 +437,18 @@ def approx_kl(logratio: Tensor) -> Tensor:
     return (logratio.exp() - 1 - logratio).mean()
 
 
+def policy_change(logratio: Tensor, epsilon: float) -> dict[str, Tensor]:
+    """How far pi has left pi_old, for the logs [core 12]: KL, estimated twice, and how often the ratio is clipped."""
+    outside = (logratio.exp() - 1).abs() > epsilon
+    return {
+        "old_approx_kl": -logratio.mean(),
+        "approx_kl": approx_kl(logratio),
+        "clipfrac": outside.float().mean(),
+    }
+
+
 def follow_kl(lr: float, kl: float, args: Args) -> float:
-    """The next learning rate, smaller after too large a KL and larger after too small a one, as for beta of PPO Eq. 8.
+    """The next learning rate, smaller after too large a KL and larger after too small a one, against beta of PPO Eq. 8.
 
     The rule is rsl_rl's (Rudin et al. 2021). Bounds are a hundredth and the tenfold of --learning-rate.
     """
@@ -495,8 +506,8 @@ def collect(agent: Agent, worlds: "Worlds", rollout: Rollout, generator: torch.G
     rollout.memory.copy_(worlds.memory)
     for t in range(T):
         rollout.obs[t] = to_torch(worlds.obs, device)
-        rollout.valid[t] = ~worlds.resetting
-        rollout.actions[t] = agent.act(rollout.obs[t], noise[t], worlds.memory)
+        rollout.valid[t] = ~worlds.resetting  # else it is the last observation of an episode
+        rollout.actions[t] = agent.act(rollout.obs[t], noise[t], worlds.memory)  # writes the memory
         rollout.rewards[t], rollout.terminated[t], rollout.done[t] = worlds.step(rollout.actions[t])
     rollout.obs[T] = to_torch(worlds.obs, device)
 
@@ -531,9 +542,8 @@ def estimate(agent: Agent, rollout: Rollout, args: Args) -> Batch:
         scaled = (scaled / agent.return_stats.std.item()).clip(-10, 10)
     rewards = to_torch(scaled.astype(np.float32), device)
     terminated, done = to_torch(rollout.terminated, device), to_torch(rollout.done, device)
-    cut = done | terminated  # a life may end and the episode go on
-    advantages = compute_gae(rewards, values, terminated, cut, args.gamma, args.gae_lambda)
-    returns = advantages + values[:T]  # what the critic learns
+    advantages = compute_gae(rewards, values, terminated, done, args.gamma, args.gae_lambda)
+    returns = advantages + values[:T]  # V^targ of PPO Eq. 9
     return Batch(rollout.obs[:T], rollout.actions, logprobs, values[:T], advantages, returns)
 
 
@@ -543,7 +553,7 @@ def minibatches(
     args: Args,
     generator: torch.Generator,
 ) -> Iterator[tuple[Batch, float]]:
-    """One epoch: the valid rows in a new order, M at a time [core 6]; each time with the share that this rank has."""
+    """One epoch: the valid rows in a new order, M at a time [core 6], and this rank's share of all valid rows."""
     _, share = count_rows(rollout.valid)
     flat = Batch(*(column.flatten(0, 1) for column in vars(batch).values()))  # [N T, ...]
     rows = shuffle(rollout.valid, generator).view(args.num_minibatches, -1)
@@ -564,7 +574,7 @@ def shuffle(valid: np.ndarray, generator: torch.Generator) -> Tensor:
 
 
 def compute_gradient(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """The gradient of the objective, PPO Eq. 9, negated, as one vector; and its parts, for the logs [core 12]."""
+    """The gradient of the objective, PPO Eq. 9, negated, as one vector; and what the logs tell of it."""
     logprobs, entropies, values = agent.replay(batch)
     logratio = logprobs - batch.logprobs
     epsilon = args.clip_coef
@@ -573,37 +583,13 @@ def compute_gradient(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, di
     entropy = entropies.mean()
     loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy  # [core 10]
     gradients = torch.autograd.grad(loss, list(agent.parameters()))
-    logratio = logratio.detach()
-    outside = (logratio.exp() - 1).abs() > epsilon
     metrics = {
         "policy_loss": pg_loss.detach(),
         "value_loss": v_loss.detach(),
         "entropy": entropy.detach(),
-        "old_approx_kl": -logratio.mean(),
-        "approx_kl": approx_kl(logratio),
-        "clipfrac": outside.float().mean(),
+        **policy_change(logratio.detach(), epsilon),
     }
     return torch.cat([g.flatten() for g in gradients]), metrics
-
-
-class FlatAdam(nn.Module):
-    """Adam (Kingma & Ba 2015) on theta, one vector that all parameters of the agent are views of.
-
-    So clipping, Adam and the sum over ranks take a few operations each, not dozens on its parts.
-    """
-
-    def __init__(self, agent: Agent):
-        super().__init__()
-        self.theta = parameters_to_vector(agent.parameters()).detach()
-        vector_to_parameters(self.theta, agent.parameters())
-        self.mean = nn.Buffer(torch.zeros_like(self.theta))
-        self.square = nn.Buffer(torch.zeros_like(self.theta))
-        self.steps = nn.Buffer(torch.zeros((), device=self.theta.device))
-
-    def step(self, gradient: Tensor, lr: float) -> None:
-        constants: Any = dict(beta1=0.9, beta2=0.999, eps=1e-5)  # [core 3]
-        constants |= dict(weight_decay=0.0, amsgrad=False, maximize=False, fused=True)
-        adam([self.theta], [gradient], [self.mean], [self.square], [], [self.steps], lr=lr, **constants)
 
 
 def train(args: Args) -> Path:
@@ -613,11 +599,9 @@ def train(args: Args) -> Path:
     agent, optimizer, generator = state.agent, state.optimizer, state.generator
     gradient_fn = compile_gradient(agent, args) if args.compile else compute_gradient
     T, N = args.num_steps, args.num_envs // rank_count()
-    epoch = whole_environments if agent.memory else minibatches
+    draw = whole_environments if agent.memory else minibatches
     rollout = empty_rollout(agent, T, N)
     log = Log(args, run, state)
-    if state.iteration == 0:
-        save_checkpoint(run, state)  # a run may be killed at any moment
 
     for leg in legs(state.iteration, args):
         # Environments can't be saved, so every run makes new ones here: a resumed run repeats the uninterrupted one.
@@ -631,14 +615,13 @@ def train(args: Args) -> Path:
 
             collect(agent, worlds, rollout, generator)  # run pi_old in N environments for T steps
             batch = estimate(agent, rollout, args)  # advantages A_1, ..., A_T
-            transitions, share = count_rows(rollout.valid)  # on all ranks; the fraction of this one
 
             # Optimise the surrogate with respect to theta, in K epochs of minibatches of M rows
             priming = iteration == 0 and lacks_statistics(agent, args)  # the first rollout only fills them
             K = 0 if priming else args.update_epochs
             for _ in range(K):
                 kl = torch.zeros((), device=agent.device)  # mean over the epoch
-                for minibatch, weight in epoch(batch, rollout, args, generator):
+                for minibatch, weight in draw(batch, rollout, args, generator):
                     gradient, metrics = gradient_fn(agent, minibatch, args)
                     gradient, metrics = mean_over_ranks(gradient, metrics, weight)
                     gradient, metrics["gradient_norm"] = clip_norm(gradient, args.max_grad_norm)
@@ -652,6 +635,7 @@ def train(args: Args) -> Path:
                     break
 
             update_statistics(agent, worlds, rollout, args)
+            transitions, share = count_rows(rollout.valid)  # on all ranks; the fraction of this one
             state.global_step += transitions
             state.seconds += time.perf_counter() - started
             log.write(iteration, rollout, worlds, batch, share)
@@ -1377,6 +1361,26 @@ def count_rows(valid: np.ndarray) -> tuple[int, float]:
     return total, valid.sum() / total
 
 
+class FlatAdam(nn.Module):
+    """Adam (Kingma & Ba 2015) on theta, one vector that all parameters of the agent are views of.
+
+    So clipping, Adam and the sum over ranks take a few operations each, not dozens on its parts.
+    """
+
+    def __init__(self, agent: Agent):
+        super().__init__()
+        self.theta = parameters_to_vector(agent.parameters()).detach()
+        vector_to_parameters(self.theta, agent.parameters())
+        self.mean = nn.Buffer(torch.zeros_like(self.theta))
+        self.square = nn.Buffer(torch.zeros_like(self.theta))
+        self.steps = nn.Buffer(torch.zeros((), device=self.theta.device))
+
+    def step(self, gradient: Tensor, lr: float) -> None:
+        constants: Any = dict(beta1=0.9, beta2=0.999, eps=1e-5)  # [core 3]
+        constants |= dict(weight_decay=0.0, amsgrad=False, maximize=False, fused=True)
+        adam([self.theta], [gradient], [self.mean], [self.square], [], [self.steps], lr=lr, **constants)
+
+
 def mean_over_ranks(gradient: Tensor, metrics: dict[str, Tensor], share: float) -> tuple[Tensor, dict[str, Tensor]]:
     """Means over all ranks, each counting with its share of the rows; one message."""
     if not dist.is_initialized():
@@ -1636,6 +1640,8 @@ def open_run(args: Args) -> tuple[Path, State]:
         print(f"run: {run}   preset: {args.preset}   device: {here['device']}{masks}", flush=True)
         if changed := ", ".join(f"{k} {before.get(k)} -> {here[k]}" for k in here if here[k] != before.get(k)):
             print(f"warning: this will not be bit for bit the run that was interrupted: {changed}", file=sys.stderr)
+    if state.iteration == 0:
+        save_checkpoint(run, state)  # a run may be killed at any moment
     return run, state
 
 

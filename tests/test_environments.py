@@ -360,8 +360,9 @@ def horizons(monkeypatch):
 
 def test_a_lost_life_ends_the_value_horizon_only(register, horizons, steps):
     run = train(register(Clock), num_steps=7, total_timesteps=42, checkpoint_every=99, episodic_life=True)
-    row = torch.tensor([False, False, True, False, False, True, False])  # a life, the episode, its reset
-    assert all((flags == row.unsqueeze(-1)).all() for rollout in horizons for flags in rollout)
+    life = torch.tensor([False, False, True, False, False, False, False]).unsqueeze(-1)
+    over = torch.tensor([False, False, False, False, False, True, False]).unsqueeze(-1)  # then its reset
+    assert all((ended == life | over).all() and (done == over).all() for ended, done in horizons)
     assert scalars(run)["charts/episodic_return"] == [(s, 21) for s in (12, 12, 24, 24, 36, 36)]
 
 

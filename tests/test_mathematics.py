@@ -81,6 +81,15 @@ def gae_of_an_end_in_the_first_row(terminated):
     return ppo.compute_gae(rewards, values, done & terminated, done, 0.5, 0.9).squeeze(1).tolist()
 
 
+def test_a_lost_life_cuts_advantages_as_the_end_of_an_episode_does():
+    g = torch.Generator().manual_seed(1)
+    rewards, values = torch.randn(9, 3, generator=g), torch.randn(10, 3, generator=g)
+    terminated = torch.rand(9, 3, generator=g) < 0.3
+    done = [torch.zeros_like(terminated), terminated]
+    life, episode = (ppo.compute_gae(rewards, values, terminated, ended, 0.9, 0.8) for ended in done)
+    assert life.equal(episode)
+
+
 def test_a_termination_has_no_future_value():
     assert gae_of_an_end_in_the_first_row(terminated=True)[0] == 1 - 2
 

@@ -25,7 +25,7 @@ DETAILS = {
     "core 9": "value_loss",  # clipped
     "core 10": "compute_gradient",  # the whole objective, with the entropy bonus
     "core 11": "clip_norm",
-    "core 12": "compute_gradient",  # what is logged to find faults
+    "core 12": "policy_change",  # what is logged to find faults
     "core 13": "Agent",  # separate networks, or one with two heads
     "Atari 1": "vectorize",  # idle steps at the start
     "Atari 2": "vectorize",  # frames skipped, the maximum of the last two

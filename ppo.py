@@ -320,7 +320,7 @@ class Agent(nn.Module, hub.PyTorchModelHubMixin):
             lead = obs.shape[: obs.ndim - len(self.obs_shape)]
             return self.trunk(obs.reshape(lead.numel(), -1)).view(*lead, -1)
         if self.network.norm_obs:  # [continuous 6, 7]
-            obs = (obs - self.obs_stats.mean) / self.obs_stats.std
+            obs = (obs.double() - self.obs_stats.mean) / self.obs_stats.std
             return obs.float().clamp(-10, 10)
         return obs.float()
 
@@ -812,6 +812,7 @@ def predict(agent: Agent, obs: Any, deterministic: bool, mask: np.ndarray | None
     if agent.masks:
         if mask is None:
             raise ValueError("this policy was trained with action masks: give the mask, too")
+        mask = np.concatenate(mask, -1) if isinstance(mask, tuple) else mask  # of each component
         flat = np.concatenate([flat, np.reshape(mask, (*lead, agent.outputs))], -1)
     if agent.memory and (agent.recalled is None or agent.recalled.shape[1] != math.prod(lead)):
         agent.recalled = torch.zeros(2, math.prod(lead), agent.network.lstm_hidden_size)
@@ -993,7 +994,7 @@ def make_envs(args: Args, seeds: list[int], training: bool = True, render: bool 
     cannot be made or is not supported.
     """
     mode: str = args.vectorization
-    try:
+    with what_was_given(args):
         native = find_env(args).vector_entry_point
         if not training:  # in this process
             known = args.env_id in gym.registry
@@ -1003,17 +1004,12 @@ def make_envs(args: Args, seeds: list[int], training: bool = True, render: bool 
         if args.frame_stack > 1 and mode in ("native", "envpool"):
             raise Stop(f"--frame-stack needs --vectorization sync or async; {args.env_id} is {mode} here")
         envs = vectorize(args, mode, seeds, render)
-    except (ImportError, gym.error.Error, TypeError) as error:
-        if isinstance(error, TypeError) and not args.env_kwargs:
-            raise  # it is not about what the user gave
-        raise Stop(why_not_made(args, error)) from None
-    except OSError as error:
-        error.add_note(f"Raised by the making of {args.env_id}.")
-        raise
     next_step = gym.vector.AutoresetMode.NEXT_STEP
     if envs.metadata.get("autoreset_mode", next_step) != next_step:
         raise Stop(f"{args.env_id} does not reset in NEXT_STEP mode, as training needs: try --vectorization sync")
     if args.action_masks and (told := where_masks_are(args, envs)):
+        if told == "observation" and args.frame_stack > 1:
+            raise Stop("--frame-stack would stack action masks, too: give them in info, or take --no-action-masks")
         envs = Masked(envs, told)
     envs = vectors_or_images(args, envs)
     seed = {"native": seeds[0], "envpool": None}.get(mode, seeds)  # EnvPool has its seeds
@@ -1091,10 +1087,9 @@ def where_masks_are(args: Args, envs) -> str | None:
     if not isinstance(envs, (gym.vector.SyncVectorEnv, gym.vector.AsyncVectorEnv)):
         return None
     if name not in MASKS:  # look once
-        if envs.call("has_wrapper_attr", "action_masks")[0]:
-            MASKS[name] = "method"
-        else:
-            MASKS[name] = "info" if "action_mask" in envs.reset(seed=0)[1] else None
+        _, info = ask(envs, "at its reset", envs.reset, seed=0)
+        method = envs.call("has_wrapper_attr", "action_masks")[0]
+        MASKS[name] = "method" if method else "info" if "action_mask" in info else None
     return MASKS[name]
 
 
@@ -1141,6 +1136,8 @@ def obs_parts(space: gym.Space) -> list | None:
 def find_env(args: Args) -> gym.envs.registration.EnvSpec:
     """Gymnasium's entry for the environment, once the module that registers it is imported."""
     module, _, env_id = args.env_id.rpartition(":")
+    if not all(map(str.isidentifier, (module or "ale_py").split("."))):
+        raise Stop(f"{module} is no module's name: give it as import would, my_package.my_module:MyEnv-v0")
     if module or env_id.startswith("ALE/"):
         gym.register_envs(importlib.import_module(module or "ale_py"))
     if env_id.startswith("MinAtar/") and env_id not in gym.registry:
@@ -1208,13 +1205,24 @@ class InColour(gym.vector.VectorWrapper):
         return super().close(**kwargs)
 
 
-def why_not_made(args: Args, error: Exception) -> str:
-    given = f" with {args.env_kwargs}" if args.env_kwargs else ""
-    missing = getattr(error, "name", None)  # an ImportError's
-    hint = f"; try: pip install {missing.replace('_', '-')}" if missing and not args.env_id.startswith(missing) else ""
-    if type(error) in (gym.error.NameNotFound, gym.error.Error):
-        hint = "; ids are like LunarLander-v3, ALE/Pong-v5 or, for your own, my_module:MyEnv-v0"
-    return f"cannot make {args.env_id}{given}: {error}{hint}"
+@contextlib.contextmanager
+def what_was_given(args: Args):
+    """Errors in making the environment: one line for those that a name or an option causes."""
+    try:
+        yield
+    except OSError as error:
+        error.add_note(f"Raised by the making of {args.env_id}.")
+        raise
+    except (ImportError, gym.error.Error, TypeError, ValueError, AssertionError, LookupError) as error:
+        if not args.env_kwargs and not isinstance(error, (ImportError, gym.error.Error)):
+            raise  # it is not about what the user gave
+        given = f" with {args.env_kwargs}" if args.env_kwargs else ""
+        missing = getattr(error, "name", None)  # an ImportError's
+        new = missing and not args.env_id.startswith(missing)
+        hint = f"; try: pip install {missing.replace('_', '-')}" if new else ""
+        if type(error) in (gym.error.NameNotFound, gym.error.Error):
+            hint = "; ids are like LunarLander-v3, ALE/Pong-v5 or, for your own, my_module:MyEnv-v0"
+        raise Stop(f"cannot make {args.env_id}{given}: {first_line(error)}{hint}") from None
 
 
 def ask(envs, when: str, method: Callable, *args, **kwargs):
@@ -1228,7 +1236,7 @@ def ask(envs, when: str, method: Callable, *args, **kwargs):
         error.add_note(f"Raised by environment {culprits or '(unknown)'} {when}.")
         raise
     for name, values in zip(("observation", "reward"), answer[:-1]):  # a reset answers with no reward
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
+        if isinstance(values, np.ndarray) and values.dtype.kind == "f" and not np.isfinite(values).all():
             i = int(np.argwhere(~np.isfinite(values))[0, 0])
             raise Stop(f"environment {i} gave the {name} {values[i]} {when}; nothing was learned from it", 1)
     return answer
@@ -1248,22 +1256,33 @@ def find_culprits(envs, error: Exception, when: str) -> list[int]:
     return culprits
 
 
-def check_world(args: Args, steps: int = 500) -> None:
+def check_world(args: Args) -> None:
     """Print what may spoil training, a line each: Gymnasium's own checks, then those of a few hundred random steps."""
-    spec = find_env(args)
-    make = partial(gym.make, spec, disable_env_checker=True, **args.env_kwargs)
+    with what_was_given(args):
+        spec = find_env(args)
+        if not spec.entry_point:
+            raise Stop(f"--check-env looks at Gymnasium's environments; {args.env_id} is EnvPool's alone")
+        made = [gym.make(spec, disable_env_checker=True, **args.env_kwargs) for _ in range(2)]
     found = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            check_env((env := make()).unwrapped, skip_render_check=True)
-            env.close()
+            check_env(made[0].unwrapped, skip_render_check=True)
         except Exception as error:  # it raises at the first fault
             found.append(f"Gymnasium's checker: {first_line(error)}")
     plain = [re.sub(r"\x1b\[\d+m|WARN: ", "", first_line(warning.message)) for warning in caught]  # no colours
     found += [f"Gymnasium's checker: {line}" for line in plain]
+    try:
+        found += faults_in_play(args, made[1], steps=500)
+    except Exception as error:
+        found.append(f"random steps ended in {type(error).__name__}: {first_line(error)}")
+    for env in made:
+        env.close()
+    for line in found or ["no faults found"]:
+        print(f"check: {line}", flush=True)
 
-    env = make()
+
+def faults_in_play(args: Args, env: gym.Env, steps: int) -> list[str]:
     obs, _ = env.reset(seed=args.seed)
     space, act = env.observation_space, env.action_space
     act.seed(args.seed)
@@ -1277,8 +1296,7 @@ def check_world(args: Args, steps: int = 500) -> None:
         if terminated or truncated:
             ended += 1
             obs, _ = env.reset()
-    env.close()
-    values, rewards = np.array(rows), np.array(paid)
+    values, rewards, found = np.array(rows), np.array(paid), []
 
     if not np.isfinite(values).all() or not np.isfinite(rewards).all():
         found.append("observations or rewards are not all finite: training will stop at the first such one")
@@ -1286,7 +1304,7 @@ def check_world(args: Args, steps: int = 500) -> None:
         found.append(f"observations are {', '.join(map(str, types))}, the space says {space.dtype}: make them the same")
     if outside:
         found.append(f"{outside} of {steps} observations are outside of observation_space: widen its bounds")
-    if not ended and not spec.max_episode_steps:
+    if not ended and not env.spec.max_episode_steps:
         found.append(f"no episode ended in {steps} steps: give max_episode_steps to gym.register")
     if np.abs(rewards).max() > 10 and not (args.norm_reward or args.clip_reward):
         found.append(f"rewards go from {rewards.min():.4g} to {rewards.max():.4g}: try --norm-reward")
@@ -1294,8 +1312,7 @@ def check_world(args: Args, steps: int = 500) -> None:
         found.append(f"observations go from {values.min():.4g} to {values.max():.4g}: try --norm-obs")
     if isinstance(act, gym.spaces.Box) and (act.low != -act.high).any():
         found.append(f"actions in {act} are not symmetric around 0, where a policy begins: try wrappers.RescaleAction")
-    for line in found or ["no faults found"]:
-        print(f"check: {line}", flush=True)
+    return found
 
 
 def has_large_images(parts: list | None) -> bool:
@@ -1424,7 +1441,8 @@ def choose_device(args: Args, config: dict[str, Any]) -> torch.device:
         raise Stop("--device cuda, but torch finds no GPU here for each process: use --device auto or cpu")
     rows = args.batch_size // rank_count() // args.num_minibatches
     threads = min(local_cores(), max(1, rows // 64)) if large else 1
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", threads)))
+    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    torch.set_num_threads(max(1, int(given)) if given.isdigit() else threads)
     if args.device == "cuda" or (args.device == "auto" and large and enough):
         torch.backends.cudnn.deterministic = True  # the same seed gives the same weights
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -1535,6 +1553,10 @@ def watch(agent: Agent, args: Args) -> None:
             raise OSError("no display")
         pygame.display.init()
     closed, clock = False, pygame.time.Clock()
+    with one_line("--render", "The environment must take render_mode rgb_array, and draw"):
+        envs, *_ = make_envs(args, [args.seed], training=False, render=True)
+        envs.render()[0].shape  # noqa: B018
+        envs.close()
 
     def show(worlds: Worlds) -> bool:
         nonlocal closed
@@ -1545,7 +1567,7 @@ def watch(agent: Agent, args: Args) -> None:
         pygame.display.get_surface().blit(pygame.surfarray.make_surface(frame.swapaxes(0, 1)), (0, 0))
         pygame.display.flip()
         clock.tick(worlds.envs.metadata.get("render_fps", 15))
-        closed = any(event.type == pygame.QUIT for event in pygame.event.get())
+        closed |= any(event.type == pygame.QUIT for event in pygame.event.get())
         return closed
 
     while not closed:
@@ -1674,7 +1696,7 @@ def new_state(args: Args) -> State:
     if args.episodic_life and "lives" not in info:
         raise Stop(f"--episodic-life needs info['lives'], which {args.env_id} does not give")
     if args.norm_obs and config["parts"]:
-        raise Stop("--norm-obs is for vectors; images are scaled to [0, 1] anyway: leave it out")
+        raise Stop("--norm-obs is for vectors; images are scaled to [0, 1] anyway: take --no-norm-obs")
     device = choose_device(args, config)
     if args.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise Stop("--compile needs a C++ compiler, and g++ is not on the PATH: install it, or leave --compile out")
@@ -2196,7 +2218,7 @@ def find_range(hint: Any) -> tuple[str, float, float] | None:
 
 def divisors_near(n: int, d: int) -> list[int]:
     """Up to four divisors of n that are nearest to d."""
-    divisors = [k for k in range(1, 2 * d) if n % k == 0]
+    divisors = [k for k in range(1, min(2 * d, n + 1)) if n % k == 0]
     return sorted(sorted(divisors, key=lambda k: abs(k - d))[:4])
 
 
@@ -2336,7 +2358,7 @@ def find_preset(world: WorldArgs, total_timesteps: int | str = "") -> str:
         return own
     try:
         args = Args(**vars(world))
-        envs, *_ = make_envs(args, seeds(args.seed, TRAINING), training=False)
+        envs, *_ = make_envs(args, seeds(args.seed, TRAINING))
         envs.close()
         config = agent_config(args, envs)
     except Exception:  # it will be told where the environment is needed
@@ -2359,24 +2381,34 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Flags over saved arguments (--evaluate, --resume, --push) or over the environment's preset (training)."""
     # First what decides where the defaults come from
     names: Any = [(name, str | None, None) for name in ("env_id", "vectorization", "preset", "init_from", *MODES)]
+    names += [("frame_stack", int | None, None), ("action_masks", bool, True)]
     kwargs: Any = ("env_kwargs", get_type_hints(WorldArgs)["env_kwargs"], field(default_factory=dict))
     First: Any = make_dataclass("First", [*names, ("total_timesteps", int | str, ""), kwargs])
     first, _ = tyro.cli(First, args=argv, return_unknown_args=True, add_help=False)
     mode = {name: getattr(first, name) for name in MODES if getattr(first, name) is not None}
-    started = [*mode, *(["init_from"] if first.init_from else [])]
+    started = [*mode, *(["init_from"] if first.init_from is not None else [])]
+    if empty := [flag(name) for name in started if not getattr(first, name)]:
+        raise Stop(f"{empty[0]} is empty: give a run's folder or a repo")
     if len(started) > 1:
         raise Stop(f"{' and '.join(map(flag, started))} exclude each other: choose one")
     if first.evaluate:
         saved, mode["evaluate"] = played_args(first.evaluate, first.env_id)  # a repo is now pinned to one commit
         return replace(read_flags(argv, saved), **mode)
     source, name = played_args(first.init_from, first.env_id) if first.init_from else (None, None)
-    kept = {k: getattr(source, k) for k in (*NETWORK, "frame_stack")} if source else {}  # its network, and what it saw
+    saw = (*NETWORK, "frame_stack", "action_masks")  # its network, and what it was shown
+    kept = {name: getattr(source, name) for name in saw} if source else {}
     if mode:
         saved = load_args(Path(*mode.values()))
     else:
         env_id = first.env_id or (source or Args).env_id
         kwargs = source.env_kwargs if source and env_id == source.env_id else {}
-        world = WorldArgs(env_id, kwargs | first.env_kwargs, vectorization=first.vectorization or "auto")
+        world = WorldArgs(
+            env_id,
+            kwargs | first.env_kwargs,
+            vectorization=first.vectorization or "auto",
+            frame_stack=first.frame_stack or kept.get("frame_stack", 1),
+            action_masks=first.action_masks and kept.get("action_masks", True),
+        )
         saved = usual_args(env_id, first.preset or find_preset(world, first.total_timesteps))
         saved = replace(saved, env_kwargs=saved.env_kwargs | kwargs)
     args = replace(read_flags(argv, saved, **kept), **mode, **({"init_from": name} if name else {}))

@@ -1,0 +1,203 @@
+"""Worlds that users bring, with the faults that they have: each is learned, or refused in one line that helps."""
+
+import json
+import os
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from conftest import command
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
+
+import ppo
+
+QUICK = ["--total-timesteps", 256, "--num-envs", 2, "--num-steps", 32, "--eval-episodes", 2,
+         "--validation-episodes", 1, "--run-name", "own"]  # fmt: skip
+
+
+class Plain(gym.Env):
+    """Ten steps of nothing."""
+
+    observation_space: gym.Space = Box(-1, 1, (2,))
+    action_space: gym.Space = Discrete(2)
+
+    def look(self):
+        return np.zeros(self.observation_space.shape, self.observation_space.dtype)
+
+    def tell(self):
+        return {}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.look(), self.tell()
+
+    def step(self, action):
+        self.t += 1
+        return self.look(), 1.0, self.t >= 10, False, self.tell()
+
+
+class Bools(Plain):
+    observation_space = Box(0, 1, (3,), bool)
+
+
+class Board(Plain):
+    observation_space = Box(0, 1, (6, 7))
+
+
+class OldReset(Plain):
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed)[0]
+
+
+class OffByOne(Plain):
+    observation_space = Discrete(5)
+
+    def look(self):
+        return min(self.t, 5)
+
+
+class MaskOfThree(Plain):
+    def tell(self):
+        return {"action_mask": np.array([1, 2, 3])}
+
+
+class MaskInView(Plain):
+    observation_space = Dict(board=Box(-1, 1, (2,)), action_mask=MultiBinary(2))
+
+    def look(self):
+        return {"board": np.zeros(2, np.float32), "action_mask": np.array([1, 0], np.int8)}
+
+
+class MaskInParts(Plain):
+    action_space = MultiDiscrete([2, 3])
+
+    def tell(self):
+        return {"action_mask": (np.array([1, 0], np.int8), np.array([0, 1, 0], np.int8))}
+
+
+class Levels(Plain):
+    def __init__(self, level=1):
+        self.name = {1: "easy", 2: "hard"}[level]
+        assert level < 2, "hard is not there yet"
+
+
+class NoLevel(Plain):
+    def reset(self, *, seed=None, options=None):
+        open("level.txt")
+
+
+class Broken(Plain):
+    def reset(self, *, seed=None, options=None):
+        raise RuntimeError("boom")
+
+
+class Mortal(Plain):
+    def reset(self, *, seed=None, options=None):
+        os._exit(7)
+
+
+class Undrawn(Plain):
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+
+def test_bools_are_learned_from_and_validated(main, register):
+    assert main("--env-id", register(Bools), "--norm-obs", *QUICK)[0] == 0
+
+
+def test_stacked_vectors_become_images_and_find_their_own_preset(main, register):
+    code, out, err = main("--env-id", register(Board), "--frame-stack", 4, *QUICK)
+    assert code == 0 and "preset: general, small images" in out, err
+
+
+def test_masks_that_are_ignored_do_not_hide_the_preset(main, register):
+    code, out, err = main("--env-id", register(MaskOfThree), "--no-action-masks", *QUICK)
+    assert code == 0 and "preset: general, discrete actions" in out, err
+
+
+@pytest.mark.parametrize("world, flags, words", [
+    (MaskInView, ["--frame-stack", 4], "--frame-stack would stack action masks"),
+    (Levels, ["--env-kwargs", "level", 3], "cannot make Tiny-v0 with {'level': 3}"),
+    (Levels, ["--env-kwargs", "level", 2], "hard is not there yet"),
+    (Plain, ["--num-minibatches", 10**9], "--num-minibatches must be from 1 to 65536"),
+    (Plain, ["--init-from", ""], "--init-from is empty"),
+    (Plain, ["--resume", ""], "--resume is empty"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_in_one_line(world, flags, words, main, register):
+    code, _, err = main("--env-id", register(world), *flags, *QUICK)
+    assert code == 2 and err.count("\n") == 1 and words in err
+
+
+def test_a_path_is_no_module(main):
+    code, _, err = main("--env-id", "./w.py:Plain-v0", *QUICK)
+    assert code == 2 and err.count("\n") == 1 and "./w.py is no module's name" in err
+
+
+@pytest.mark.parametrize("threads", ["", "4,2", "0"])
+def test_any_number_of_threads_that_openmp_knows_is_taken(threads, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert ppo.choose_device(ppo.Args(), {"parts": None}).type == "cpu"
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("world, note", [(NoLevel, "level.txt"), (Broken, "boom")])
+def test_an_error_in_reset_names_the_environment(world, note, vectorization, main, register):
+    with pytest.raises((RuntimeError, FileNotFoundError), match=note) as error:
+        main("--env-id", register(world), "--vectorization", vectorization, *QUICK)
+    assert any("Raised by environment 0 at its reset" in line for line in error.value.__notes__)
+
+
+def test_a_worker_that_dies_in_reset_is_told(main, register):
+    code, _, err = main("--env-id", register(Mortal), "--vectorization", "async", *QUICK)
+    assert code != 0 and "environment 0: its process died at its reset, exit code 7" in err
+
+
+@pytest.mark.parametrize("world, words", [
+    (OldReset, "check: Gymnasium's checker: "), (OldReset, "random steps ended in ValueError"),
+    (OffByOne, "random steps ended in IndexError"),
+])  # fmt: skip
+def test_check_env_tells_what_it_finds_though_random_steps_fail(world, words, register, capsys):
+    ppo.check_world(ppo.Args(env_id=register(world)))
+    out = capsys.readouterr().out
+    assert out.startswith("check: ") and words in out
+
+
+@pytest.mark.parametrize("flags", [["--env-id", "Nope-v0"], ["--env-id", "CartPole-v1", "--env-kwargs", "nope", 1]])
+def test_check_env_refuses_what_cannot_be_made(flags, main):
+    code, _, err = main(*flags, "--check-env", *QUICK)
+    assert code == 2 and err.count("\n") == 1 and "cannot make" in err
+
+
+def test_predict_takes_masks_in_parts(main, register):
+    env_id = register(MaskInParts)
+    assert main("--env-id", env_id, *QUICK)[0] == 0
+    env = gym.make(env_id)
+    obs, info = env.reset(seed=1)
+    agent = ppo.Agent.from_pretrained("runs/own")
+    assert agent.predict(obs, mask=info["action_mask"]).tolist() == [0, 1]
+    both = tuple(np.stack([part, part]) for part in info["action_mask"])
+    assert agent.predict(np.stack([obs, obs]), mask=both).tolist() == [[0, 1], [0, 1]]
+
+
+def test_an_agent_that_ignored_masks_goes_on_ignoring_them(main):
+    flags = ["--env-id", "Taxi-v4", *QUICK[:-1]]
+    assert main(*flags, "first", "--no-action-masks")[0] == 0
+    code, _, err = main(*flags, "next", "--init-from", "runs/first")
+    assert code == 0, err
+    assert json.loads(open("runs/next/hyperparameters.json").read())["action_masks"] is False
+
+
+def test_render_without_pictures_is_refused_in_one_line(tmp_path):
+    (tmp_path / "undrawn.py").write_text(
+        "import gymnasium as gym\nfrom test_own_worlds import Plain, Undrawn\n"
+        'gym.register("Plain-v0", Plain)\ngym.register("Undrawn-v0", Undrawn)\n'
+    )
+    env = {"PYTHONPATH": f".:{os.path.dirname(__file__)}", "DISPLAY": ":0", "SDL_VIDEODRIVER": "dummy"}
+    for world in ("Plain-v0", "Undrawn-v0"):
+        flags = ["--env-id", f"undrawn:{world}", *QUICK[:-1], world]
+        assert command(*flags, env=env, cwd=tmp_path).returncode == 0
+        done = command("--evaluate", f"runs/{world}", "--render", env=env, cwd=tmp_path)
+        assert done.returncode == 2 and "--render failed" in done.stderr and "Traceback" not in done.stderr

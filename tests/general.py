@@ -153,21 +153,25 @@ def share(world: str) -> float | None:
     return 100 * (float(np.mean(general)) - low[0]) / (high - low[0])
 
 
+def number(x: float) -> str:
+    return f"{x:.1f}" if abs(x) >= 10 else f"{x:.2f}"
+
+
 def page() -> str:
     """runs/reference/general.md."""
     lines = []
     for world, (steps, _) in WORLDS.items():
         general, percent = means(world, "general"), share(world)
-        one = [f"{x[0]:.1f}" if (x := means(world, kind)) else "" for kind in ("random", "sb3", "none")]
-        best = "" if (score := tuned(world)) is None else f"{score:.1f}"
+        one = [number(x[0]) if (x := means(world, kind)) else "" for kind in ("random", "sb3", "none")]
+        best = "" if (score := tuned(world)) is None else number(score)
         name = world + (" (held back)" if world in HELD_BACK else " (apart)" if world in APART else "")
-        shown = f"{np.mean(general):.1f}" if general else "not run"
-        seeds = ", ".join(f"{x:.1f}" for x in general)
+        shown = number(float(np.mean(general))) if general else "not run"
+        seeds = ", ".join(map(number, general))
         words = [name, f"{steps // 1000}k", *one, best, shown, seeds, "" if percent is None else f"{percent:.0f} %"]
         lines.append(f"| {' | '.join(words)} |")
     known = [p for world in WORLDS if world not in APART and (p := share(world)) is not None]
     total = f"Mean over worlds that have a tuned preset, without those apart: {np.mean(known):.0f} %." if known else ""
-    return HEAD + "\n".join(lines) + f"\n\n{total}\n"
+    return HEAD + "\n".join([*lines, *(["", total] if total else [])]) + "\n"
 
 
 HEAD = """# At the first try

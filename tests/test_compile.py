@@ -40,7 +40,7 @@ def test_compiled_training_is_eager_training_without_recompilation(args):
     learned = next(i for i, weights in enumerate(eager) if weights["actor.0.bias"].any())  # it starts at zero
     for name, value in eager[learned].items():
         torch.testing.assert_close(compiled[learned][name], value, rtol=1e-5, atol=1e-6)
-    assert len(graphs) == 5 and 0 < graphs[0] == graphs[-1]  # all compiled before the first iteration
+    assert list(graphs) == [0, 1, 1, 1, 1]  # a single one, made before the first iteration
     assert not counters["graph_break"]
 
 

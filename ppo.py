@@ -1136,7 +1136,7 @@ def obs_parts(space: gym.Space) -> list | None:
 def find_env(args: Args) -> gym.envs.registration.EnvSpec:
     """Gymnasium's entry for the environment, once the module that registers it is imported."""
     module, _, env_id = args.env_id.rpartition(":")
-    if not all(map(str.isidentifier, (module or "ale_py").split("."))):
+    if module and not all(map(str.isidentifier, module.split("."))):
         raise Stop(f"{module} is no module's name: give it as import would, my_package.my_module:MyEnv-v0")
     if module or env_id.startswith("ALE/"):
         gym.register_envs(importlib.import_module(module or "ale_py"))
@@ -1262,22 +1262,21 @@ def check_world(args: Args) -> None:
         spec = find_env(args)
         if not spec.entry_point:
             raise Stop(f"--check-env looks at Gymnasium's environments; {args.env_id} is EnvPool's alone")
-        made = [gym.make(spec, disable_env_checker=True, **args.env_kwargs) for _ in range(2)]
+        env = gym.make(spec, disable_env_checker=True, **args.env_kwargs)
     found = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            check_env(made[0].unwrapped, skip_render_check=True)
+            check_env(env.unwrapped, skip_render_check=True)
         except Exception as error:  # it raises at the first fault
             found.append(f"Gymnasium's checker: {first_line(error)}")
     plain = [re.sub(r"\x1b\[\d+m|WARN: ", "", first_line(warning.message)) for warning in caught]  # no colours
     found += [f"Gymnasium's checker: {line}" for line in plain]
     try:
-        found += faults_in_play(args, made[1], steps=500)
+        found += faults_in_play(args, env, steps=500)
     except Exception as error:
         found.append(f"random steps ended in {type(error).__name__}: {first_line(error)}")
-    for env in made:
-        env.close()
+    env.close()
     for line in found or ["no faults found"]:
         print(f"check: {line}", flush=True)
 
@@ -1555,7 +1554,8 @@ def watch(agent: Agent, args: Args) -> None:
     closed, clock = False, pygame.time.Clock()
     with one_line("--render", "The environment must take render_mode rgb_array, and draw"):
         envs, *_ = make_envs(args, [args.seed], training=False, render=True)
-        envs.render()[0].shape  # noqa: B018
+        if envs.render()[0] is None:
+            raise ValueError("render() gave no picture")
         envs.close()
 
     def show(worlds: Worlds) -> bool:

@@ -11,8 +11,7 @@ random      random actions
 
 Each run's score goes to runs/reference/general/<world>-<kind>-seed<k>.json: the mean return of 100 greedy episodes.
 Interrupt it at any time; the same command goes on where it was (with Stable-Baselines3, begins that run anew). From
-these files and those of
-the tuned presets, runs/reference/<world>/, follows runs/reference/general.md.
+these files and those of the tuned presets, runs/reference/<world>/, follows runs/reference/general.md.
 """
 
 import json
@@ -180,8 +179,8 @@ What a world gets that no preset knows. Each stands here under a new name (`test
 general preset, chosen by its actions and observations; beside it a random policy, Stable-Baselines3's and CleanRL's
 defaults (`--preset none`), and the preset that was tuned for this world, all after as many steps. Scores are means of
 100 greedy episodes; the last column goes from 0 %, a random policy, to 100 %, the tuned preset. Those held back were
-not looked at while the general presets were made, those apart need what no general setting gives: a long horizon, or
-exploration. Made by `python tests/general.py`.
+not looked at while the general presets were made (Walker2d was, long before, with other settings); those apart need
+what no general setting gives: a long horizon, or exploration. Made by `python tests/general.py`.
 
 | world | steps | random | SB3 | none | tuned | general | seeds 1 to 3 | of tuned |
 |:--|--:|--:|--:|--:|--:|--:|:--|--:|

@@ -62,6 +62,9 @@ class Row(NamedTuple):
         words = [self.env_id.replace("worlds:", ""), "" if usual else f"{self.steps / 1e6:g}M", self.label]
         return re.sub(r"[/ ]", "-", "-".join(filter(None, words)))
 
+    def __str__(self) -> str:
+        return self.name
+
     @property
     def command(self) -> list[str]:
         """The flags that say what is trained; tests/ is on the path, for tests/worlds.py."""
@@ -197,7 +200,7 @@ def run_all(queue: list[tuple], jobs: int, start: Callable, collect: Callable) -
             for process in [p for p in running if p.poll() is not None]:
                 job = running.pop(process)
                 outcome = collect(*job) if process.returncode == 0 else "failed, see its .log"
-                print(*(getattr(word, "name", word) for word in job), outcome, flush=True)
+                print(*job, outcome, flush=True)
                 failed |= process.returncode != 0
             time.sleep(0.2)
     finally:

@@ -1,26 +1,28 @@
 """How fast is ppo.py, beside others and beside its own limits? Prints Markdown tables; needs an idle machine.
 
-    python tests/benchmark.py --peer path/to/cleanrl/ppo.py                    # all rows: steps/s, floors, memory
-    python tests/benchmark.py --rows cartpole pong --steps 20000 --repeats 1   # some of them, briefly
-    python tests/benchmark.py --cold-start --peer path/to/cleanrl/ppo.py       # process start to written results
-    python tests/benchmark.py --growth                                         # over environments, width and ranks
+    python tests/benchmark.py                                     # all tables, about 20 minutes on 2 cores
+    python tests/benchmark.py --short                             # two minutes
+    python tests/benchmark.py --tables speed --rows cartpole      # some of them
+    python tests/benchmark.py --peers path/to/folder              # beside CleanRL, LeanRL and purejaxrl, cloned there
 
 Every run is a process of its own, and programs take turns, so that a busy machine slows all of them; cells are medians
-over --repeats; in brackets, how many times faster ppo.py is, eager. Commands stand below the table; all run with
+over the repeats; in brackets, how many times faster ppo.py is, eager. Commands stand below the tables; all run with
 OMP_NUM_THREADS=1, but for images. What is timed:
 - ppo.py: global_step / training_seconds of its results.json, without start-up, evaluation and checkpoints.
 - SB3: Stable-Baselines3 at the same hyperparameters, `learn` alone; it has no EnvPool.
-- peer: a script with CleanRL's flags, from wall time: a run less one of a tenth of its steps, which takes out start-up.
-  Its network is its own. "-" stands where it fails, as CleanRL's ppo.py does on continuous actions and on images.
+- CleanRL, LeanRL, purejaxrl: at the same hyperparameters, each in an environment of its own that is made
+  beside it, with the versions below; the steps/s that the first two print last, and without compilation for the third.
 - Floors, on the CPU: random actions through the very vector environment of ppo.py. And the minibatch steps
   alone, on frozen data. Distance: training time / (env floor + update floor), with the compiled update for --compile.
-- memory: the peak of the largest process.
+- Validation: its part of training time if all its episodes were as long as they can be.
+- MB: the peak of the largest process.
 """
 
 import argparse
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import statistics
@@ -43,50 +45,70 @@ import ppo  # noqa: E402
 
 CLEANRL = "--num-envs 4 --num-steps 128 --num-minibatches 4 --update-epochs 4 --learning-rate 2.5e-4 --gamma 0.99 " \
           "--gae-lambda 0.95 --clip-vloss"  # fmt: skip
-ROWS = {  # name: flags, steps of one run
-    "cartpole-cleanrl": (f"--env-id CartPole-v1 {CLEANRL}", 50_000),
-    "cartpole": ("--env-id CartPole-v1", 100_000),
-    "lunarlander-sync": ("--env-id LunarLander-v3 --vectorization sync", 100_000),
-    "lunarlander-envpool": ("--env-id LunarLander-v3 --vectorization envpool", 100_000),
-    "halfcheetah-sync": ("--env-id HalfCheetah-v5 --vectorization sync", 50_000),
-    "halfcheetah-envpool": ("--env-id HalfCheetah-v5 --vectorization envpool", 50_000),
-    "pong": ("--env-id ALE/Pong-v5", 10_240),
-}
+CONTINUOUS = "--preset none --num-envs 1 --num-steps 2048 --num-minibatches 32 --update-epochs 10 " \
+             "--learning-rate 3e-4 --ent-coef 0 --norm-obs --norm-reward --clip-vloss"  # fmt: skip
+CLASSIC, JOINTS = "cleanrl/ppo.py", "cleanrl/ppo_continuous_action.py"
+LEANRL = "LeanRL/ppo_continuous_action_torchcompile.py"  # without its --compile: that unrolls 2,048 steps, for minutes
+ROWS = {  # name: flags, steps of one run, repeats, who runs beside it
+    "cartpole-cleanrl": (f"--env-id CartPole-v1 {CLEANRL}", 50_000, 5, ["sb3", CLASSIC, "purejaxrl"]),
+    "cartpole": ("--env-id CartPole-v1", 100_000, 5, ["sb3", CLASSIC]),
+    "lunarlander": ("--env-id LunarLander-v3", 60_000, 3, ["sb3", CLASSIC]),
+    "lunarlander-envpool": ("--env-id LunarLander-v3 --vectorization envpool", 60_000, 3, []),
+    "hopper": ("--env-id Hopper-v5", 40_000, 3, ["sb3", JOINTS]),
+    "halfcheetah-cleanrl": (f"--env-id HalfCheetah-v5 {CONTINUOUS}", 43_008, 3, ["sb3", JOINTS, LEANRL]),
+    "halfcheetah-envpool": ("--env-id HalfCheetah-v5 --vectorization envpool", 40_000, 3, []),
+    "pong": ("--env-id ALE/Pong-v5", 10_240, 1, ["sb3"]),
+}  # fmt: skip
+SHORT = ["cartpole-cleanrl", "lunarlander"]
 LANDER = "--env-id LunarLander-v3 --total-timesteps 350000 --num-envs 32 --num-steps 128 --num-minibatches 8 " \
          "--update-epochs 4 --learning-rate 3e-3 --gamma 0.999 --ent-coef 0.005 --hidden-sizes 64 64"  # fmt: skip
-COLD = {  # name: flags
-    "cartpole": "--env-id CartPole-v1",
-    "lunarlander-sync": f"{LANDER} --vectorization sync",
-    "lunarlander-envpool": f"{LANDER} --vectorization envpool",
-}
 WIDE = "--env-id CartPole-v1 --num-envs 64 --num-steps 32 --device cpu"
 SPLIT = "--env-id LunarLander-v3 --vectorization sync --num-envs 32 --num-steps 512 --num-minibatches 8 " \
         "--update-epochs 2"  # fmt: skip
 GROWTH = (  # what grows, flags, ranks, steps of one run
-    *((f"{n} environments", f"--env-id CartPole-v1 --num-envs {n} --num-steps 32", 1, 320 * n + 20_000)
-      for n in (4, 16, 64, 256, 1024)),
-    *((f"hidden width {n}", f"{WIDE} --hidden-sizes {n} {n}", 1, 20_480) for n in (64, 128, 256, 512, 1024)),
-    *((f"{k} rank(s), CartPole's preset", "--env-id CartPole-v1", k, 40_960) for k in (1, 2)),
-    *((f"{k} rank(s), LunarLander's preset", "--env-id LunarLander-v3", k, 81_920) for k in (1, 2)),
+    *((f"CartPole-v1, {n} environments", f"--env-id CartPole-v1 --num-envs {n} --num-steps 32", 1, 160 * n + 20_000)
+      for n in (1, 8, 64, 512, 4096)),
+    *((f"LunarLander-v3, EnvPool, {n} environments",
+       f"--env-id LunarLander-v3 --vectorization envpool --num-envs {n} --num-steps 32", 1, 96 * n + 10_000)
+      for n in (1, 8, 64, 512, 4096)),
+    *((f"CartPole-v1, 64 environments, hidden width {n}", f"{WIDE} --hidden-sizes {n} {n}", 1, 20_480)
+      for n in (64, 256, 1024)),
+    *((f"{k} rank(s), LunarLander's preset", "--env-id LunarLander-v3", k, 40_960) for k in (1, 2)),
     *((f"{k} rank(s), LunarLander 32 x 512, 8 x 2", SPLIT, k, 163_840) for k in (1, 2)),
 )  # fmt: skip
+PEERS = {  # a clone in the folder --peers, and what it needs
+    "cleanrl": "torch==2.13.0 gymnasium[mujoco]==0.29.1 mujoco==2.3.7 numpy==1.26.4 Box2D==2.3.10 "
+               "tensorboard==2.21.0 tyro==1.0.17",
+    "LeanRL": "torch==2.13.0 gymnasium[mujoco]==0.29.1 mujoco==2.3.7 numpy==1.26.4 tensordict==0.15.3 wandb==0.31.0 "
+              "tqdm==4.70.1 tyro==1.0.17",
+    "purejaxrl": "jax==0.10.2 flax==0.12.8 optax==0.2.8 distrax==0.1.9 gymnax==0.0.9 brax==0.14.2 navix==0.7.4",
+}  # fmt: skip
+OLDER = {"LunarLander-v3": "LunarLander-v2", "HalfCheetah-v5": "HalfCheetah-v4", "Hopper-v5": "Hopper-v4"}
 PEER_FLAGS = "env_id num_envs num_steps learning_rate gamma gae_lambda num_minibatches update_epochs clip_coef " \
              "ent_coef vf_coef max_grad_norm seed anneal_lr clip_vloss norm_adv"  # fmt: skip
+PUREJAXRL = """import json, sys, time, jax, ppo
+train = jax.jit(ppo.make_train(json.loads(sys.argv[1]))).lower(jax.random.PRNGKey(1)).compile()
+started = time.perf_counter()
+jax.block_until_ready(train(jax.random.PRNGKey(1)))
+print(time.perf_counter() - started)"""
 BRIEF = "--validation-episodes 0 --eval-episodes 1"
 commands = {}  # all that was run, in order
 
 
-def measure(*command, images=False):
+def measure(*command, images=False, extra=()):
     """Run a command: its wall seconds, peak memory in MB, standard output and folder; None if it fails."""
     folder = Path(tempfile.mkdtemp())
-    words = [str(word) for part in command for word in (shlex.split(part) if isinstance(part, str) else [part])]
+    parts = (shlex.split(part) if isinstance(part, str) else part if isinstance(part, list) else [part]
+             for part in command)  # fmt: skip
+    words = [str(word) for part in parts for word in part]
     commands[shlex.join([Path(words[0]).name, *words[1:]])] = None
-    env = {**os.environ} | ({} if images else {"OMP_NUM_THREADS": "1"})
+    env = {**os.environ, "WANDB_MODE": "offline"} | ({} if images else {"OMP_NUM_THREADS": "1"}) | dict(extra)
     started = time.perf_counter()
     with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
         child = subprocess.Popen(words, cwd=folder, env=env, stdout=out, stderr=err)
         _, status, usage = os.wait4(child.pid, 0)
     seconds = time.perf_counter() - started
+    print(f"{seconds:6.1f} s  {shlex.join(words)[-150:]}", file=sys.stderr, flush=True)
     if status:
         print(f"failed: {shlex.join(words)}\n{(folder / 'err').read_text()[-500:]}", file=sys.stderr)
         return None
@@ -112,23 +134,58 @@ def run_worker(name, flags):
     return done and (*json.loads(done[2].splitlines()[-1]), done[1])
 
 
-def run_peer(peer, flags, steps):
-    """Steps/s and MB of a script with CleanRL's flags."""
+def python_of(peers, name):
+    """The interpreter of a peer's own environment, made at its first use; None where it is not there."""
+    if not peers or not (peers / name).is_dir():
+        return None
+    python = peers / name / ".venv" / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", python.parent.parent], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", *PEERS[name].split()], check=True)
+    return python
+
+
+def run_peer(peers, name, script, flags, steps):
+    """Steps/s and MB of a script with CleanRL's flags, whose pace it prints."""
+    python = python_of(peers, name)
+    if python is None:
+        return None
     args, words = ppo.parse_args(shlex.split(flags)), []
-    for name in PEER_FLAGS.split():
-        value = getattr(args, name)
-        words += [ppo.flag(f"no_{name}" if value is False else name)] + ([] if isinstance(value, bool) else [value])
-    few = max(steps // 10 // args.batch_size, 1) * args.batch_size
-    short = measure(sys.executable, peer, shlex.join(map(str, words)), f"--total-timesteps {few}")
-    long = short and measure(sys.executable, peer, shlex.join(map(str, words)), f"--total-timesteps {few + steps}")
-    return long and (steps // args.batch_size * args.batch_size / (long[0] - short[0]), long[1])
+    args = replace(args, env_id=OLDER.get(args.env_id, args.env_id))
+    for field in PEER_FLAGS.split():
+        value = getattr(args, field)
+        words += [ppo.flag(f"no_{field}" if value is False else field)] + ([] if isinstance(value, bool) else [value])
+    text = (peers / name / name.lower() / script).read_text()
+    copy = Path(tempfile.mkdtemp()) / script
+    if name == "LeanRL":  # which relied on weights without gradients, as older libraries gave them
+        text = re.sub(r"^def (rollout|gae)\(", r"@torch.no_grad()\n\g<0>", text, flags=re.M)
+    copy.write_text(text)
+    done = measure(python, copy, shlex.join(map(str, words)), f"--total-timesteps {steps}")
+    told = done and re.findall(r"(?:SPS|speed): *([\d.]+)", done[2] + (done[3] / "err").read_text())
+    return (float(told[-1]), done[1]) if told else None
+
+
+def run_purejaxrl(peers, flags, steps):
+    """Steps/s after compilation, seconds from its start to its end, and MB."""
+    python = python_of(peers, "purejaxrl")
+    if python is None:
+        return None
+    a = ppo.parse_args(shlex.split(flags))
+    config = {"ENV_NAME": a.env_id, "TOTAL_TIMESTEPS": steps, "NUM_ENVS": a.num_envs, "NUM_STEPS": a.num_steps,
+              "LR": a.learning_rate, "UPDATE_EPOCHS": a.update_epochs, "NUM_MINIBATCHES": a.num_minibatches,
+              "GAMMA": a.gamma, "GAE_LAMBDA": a.gae_lambda, "CLIP_EPS": a.clip_coef, "ENT_COEF": a.ent_coef,
+              "VF_COEF": a.vf_coef, "MAX_GRAD_NORM": a.max_grad_norm, "ACTIVATION": a.activation,
+              "ANNEAL_LR": a.anneal_lr}  # fmt: skip
+    path = {"PYTHONPATH": str(peers / "purejaxrl" / "purejaxrl")}
+    done = measure(python, ["-c", PUREJAXRL, json.dumps(config)], extra=path)
+    return done and (steps / float(done[2].splitlines()[-1]), done[0], done[1])
 
 
 # Workers: what is measured in a process of its own, and printed as JSON
 
 
 def floors(args):
-    """Seconds per row of the environments alone, of the update alone, and of the compiled update."""
+    """Seconds per row of the environments alone, of the update alone, and compiled; and of one leg's validation."""
     envs, obs, _ = ppo.make_envs(args, ppo.seeds(args.seed, ppo.TRAINING, n=args.num_envs))
     config = ppo.agent_config(args, envs)
     ppo.choose_device(args, config)  # sets the number of threads
@@ -148,19 +205,26 @@ def floors(args):
         optimizer.step(ppo.clip_norm(gradient, args.max_grad_norm)[0], args.learning_rate)
 
     def seconds(work):
-        """Median of at least five times, over about two seconds, after a first call that warms up."""
+        """Median of the means of at least five rounds of 20 calls, in about two seconds; after one that warms up."""
         work()
-        times = []
-        while len(times) < 5 or sum(times) < 2:
+        rounds = []
+        while len(rounds) < 5 or sum(rounds) < 2:
             started = time.perf_counter()
             for _ in range(20):
                 work()
-            times.append((time.perf_counter() - started) / 20)
-        return statistics.median(times)
+            rounds.append(time.perf_counter() - started)
+        return statistics.median(rounds) / 20
 
     ways = (ppo.compute_gradient, ppo.compile_gradient(agent, args))
     updates = [seconds(partial(step, way)) * args.update_epochs / M for way in ways]
-    return seconds(lambda: envs.step(next(choices))) / args.num_envs, *updates
+    env = seconds(lambda: envs.step(next(choices))) / args.num_envs
+
+    worlds = ppo.Worlds(args, ppo.seeds(args.seed, ppo.VALIDATION, n=args.validation_episodes), training=False)
+    limit = min(ppo.find_env(args).max_episode_steps or 5000, 5000)
+    with torch.inference_mode():
+        play = seconds(lambda: worlds.step(agent.act(torch.as_tensor(worlds.obs), memory=worlds.memory)))
+    rows = len(next(ppo.legs(0, args))) * args.batch_size
+    return env, *updates, play * limit / rows
 
 
 def sb3(args):
@@ -230,73 +294,96 @@ def alternate(repeats, programs, summary=statistics.median):
 
 
 def speed_row(name, options):
-    flags, steps = ROWS[name][0], options.steps or ROWS[name][1]
+    flags, steps, repeats, beside = ROWS[name]
+    steps = options.steps or steps
     programs = {
         "eager": lambda: run_ppo(flags, steps),
         "compiled": lambda: run_ppo(flags, steps, extra="--compile"),
-        "floors": lambda: run_worker("floors", flags),
     }
-    if "envpool" not in flags:
-        programs["sb3"] = lambda: run_worker("sb3", f"{flags} --total-timesteps {steps}")
-        programs |= {"peer": lambda: run_peer(options.peer, flags, steps)} if options.peer else {}
-    got = alternate(options.repeats, programs)
-    ours, floor = got["eager"], got["floors"]
+    for who in beside:
+        if who == "sb3":
+            programs[who] = lambda: run_worker("sb3", f"{flags} --total-timesteps {steps}")
+        elif who == "purejaxrl" and options.peers:
+            programs[who] = lambda: run_purejaxrl(options.peers, flags, steps * 10)
+        elif options.peers:
+            peer, script = who.split("/")
+            programs[peer] = partial(run_peer, options.peers, peer, script, flags, steps)
+    got, floor = alternate(options.repeats or repeats, programs), run_worker("floors", flags)
+    ours = got["eager"]
 
     def cell(run, text="{:,.0f}"):
-        return text.format(run[0]) + (f" ({ours[0] / run[0]:.1f}x)" if run is not ours and ours else "") if run else "-"
+        return text.format(run[0]) + (f" ({ours[0] / run[0]:.2f}x)" if run is not ours and ours else "") if run else "-"
 
     def distance(run, update):
         return f"{run[1] / (floor[0] + floor[update]):.2f}" if run and floor else "-"
 
     limits = [f"{1 / x:,.0f}" for x in floor[:3]] if floor else ["-"] * 3
-    memory = [f"{run[-1]:.0f}" if run else "-" for run in map(got.get, ("eager", "compiled", "sb3", "peer"))]
-    return [name, *(cell(got.get(p)) for p in ("eager", "compiled", "sb3", "peer")), limits[0], " / ".join(limits[1:]),
-            f"{distance(got['eager'], 1)} / {distance(got['compiled'], 2)}", " / ".join(memory)]  # fmt: skip
+    everyone = [got.get(who) for who in ("eager", "compiled", "sb3", "cleanrl", "LeanRL", "purejaxrl")]
+    share = f"{floor[3] / ours[1]:.0%}" if floor and ours else "-"
+    return [name, *map(cell, everyone), limits[0], " / ".join(limits[1:]),
+            f"{distance(got['eager'], 1)} / {distance(got['compiled'], 2)}", share,
+            " / ".join(f"{run[-1]:.0f}" for run in everyone if run)]  # fmt: skip
 
 
-def cold_rows(name, options):
-    """[row, program, seconds, score] for each program, from the start of its process until its results are written.
+def cold_rows(options):
+    """Seconds from the start of a process until its results are written, and the score, of each program.
 
-    Medians over the repeats, each of ppo.py's with another seed, from 1; in brackets the longest and the worst."""
-    seeds = count(1)
+    Those of ppo.py are medians over seeds 1 to n; in brackets the longest and the worst."""
 
-    def ours():
-        done = measure(sys.executable, ROOT / "ppo.py", COLD[name], f"--seed {next(seeds)}")
-        return done and (done[0], json.loads(next(done[3].glob("runs/*/results.json")).read_text())["mean_reward"])
+    def ours(flags):
+        seeds = count(1)
 
-    def theirs():
+        def run():
+            done = measure(sys.executable, ROOT / "ppo.py", flags, f"--seed {next(seeds)}")
+            return done and (done[0], json.loads(next(done[3].glob("runs/*/results.json")).read_text())["mean_reward"])
+
+        return run
+
+    def zoo():
         done = measure(sys.executable, Path(__file__).resolve(), "--worker zoo")
         return done and (done[0], json.loads(done[2].splitlines()[-1])[0])
 
-    def peer():
-        done = measure(sys.executable, options.peer, "--env-id CartPole-v1")
+    def cleanrl():
+        script = options.peers / "cleanrl" / "cleanrl" / "ppo.py"
+        done = measure(python_of(options.peers, "cleanrl"), script)
         returns = done and [float(x) for x in re.findall(r"episodic_return=\[?([-\d.]+)", done[2])[-100:]]
         return done and (done[0], sum(returns) / len(returns) if returns else math.nan)
 
-    programs = {"ppo.py": ours}
-    if name == "cartpole":
-        programs |= {"SB3, zoo's preset": theirs} | ({"peer, sampled returns": peer} if options.peer else {})
-    rows = []
-    for program, runs in alternate(options.repeats, programs, sorted).items():
+    def purejaxrl():
+        done = run_purejaxrl(options.peers, ROWS["cartpole-cleanrl"][0], 500_000)
+        return done and (done[1], math.nan)
+
+    few = options.repeats or (1 if options.short else 5)
+    programs = [("ppo.py, CartPole-v1", few, ours("--env-id CartPole-v1"))]
+    if not options.short:
+        programs += [
+            ("ppo.py, LunarLander-v3, settings chosen for speed", few, ours(f"{LANDER} --vectorization sync")),
+            ("Stable-Baselines3, CartPole-v1, the zoo's preset, 100k steps", 1, zoo),
+        ]
+    if options.peers and not options.short:
+        programs += [("CleanRL, CartPole-v1, its 500k steps, sampled returns", 1, cleanrl),
+                     ("purejaxrl, CartPole-v1, its 500k steps, not evaluated", 1, purejaxrl)]  # fmt: skip
+    for name, repeats, program in programs:
+        runs = alternate(repeats, {name: program}, sorted)[name]
         cells = [f"{statistics.median(x):.1f} ({x[worst]:.1f})" for x, worst in zip(runs or (), (-1, 0))]
-        rows.append([name, program, *(cells or "--")])
-    return rows
+        yield [name, *(cells or "--")]
 
 
 def growth_rows(options):
-    programs = {name: partial(run_ppo, flags, options.steps or steps, ranks) for name, flags, ranks, steps in GROWTH}
-    got = alternate(options.repeats, programs)
-    return [[name, *(f"{run[i]:,.0f}" for i in (0, 2))] if run else [name, "-", "-"] for name, run in got.items()]
+    chosen = GROWTH[1:4:2] if options.short else GROWTH
+    for name, flags, ranks, steps in chosen:
+        run = run_ppo(flags, options.steps or steps, ranks)
+        yield [name, *(f"{run[i]:,.0f}" for i in (0, 2))] if run else [name, "-", "-"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="default: all that the table has")
+    parser.add_argument("--tables", nargs="+", choices=["cold", "speed", "growth"], default=["cold", "speed", "growth"])
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="of the table of speeds; default: all")
     parser.add_argument("--steps", type=int, help="environment steps of each run; default: the row's own")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peer", type=Path, help="a script with CleanRL's flags")
-    parser.add_argument("--cold-start", action="store_true")
-    parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--repeats", type=int, help="default: the row's own")
+    parser.add_argument("--short", action="store_true", help="two minutes: few rows, each once")
+    parser.add_argument("--peers", type=Path, help=f"a folder with clones: {', '.join(PEERS)}")
     parser.add_argument("--worker", choices=["floors", "sb3", "zoo"], help=argparse.SUPPRESS)
     options, flags = parser.parse_known_args()
     if options.worker:
@@ -304,16 +391,19 @@ def main():
         return
     if flags:
         parser.error(f"unknown: {' '.join(flags)}")
-    options.peer = options.peer and options.peer.resolve()
-    if options.growth:
-        table(["ppo.py", "steps/s", "MB"], growth_rows(options))
-    elif options.cold_start:
-        table(["row", "program", "seconds from cold start to results", "score"],
-              (row for name in COLD if name in (options.rows or COLD) for row in cold_rows(name, options)))  # fmt: skip
-    else:
-        table(["row", "ppo.py, steps/s", "--compile", "SB3", "peer", "env floor", "update floor, eager / compiled",
-               "distance, eager / compiled", "MB: ppo.py / --compile / SB3 / peer"],
+    options.peers = options.peers and options.peers.resolve()
+    if options.short:
+        options.rows, options.repeats = options.rows or SHORT, options.repeats or 1
+        options.steps = options.steps or 20_480
+    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    if "cold" in options.tables:
+        table(["from a cold start", "seconds (the longest)", "score (the worst)"], cold_rows(options))
+    if "speed" in options.tables:
+        table(["steps/s", "ppo.py", "--compile", "SB3", "CleanRL", "LeanRL", "purejaxrl", "env floor",
+               "update floor, eager / compiled", "distance, eager / compiled", "validation", "MB"],
               (speed_row(name, options) for name in options.rows or ROWS))  # fmt: skip
+    if "growth" in options.tables:
+        table(["as it grows", "steps/s", "MB"], growth_rows(options))
     print("\nRun by:\n\n```bash\n" + "\n".join(commands) + "\n```")
 
 

@@ -49,7 +49,11 @@ CASES = [  # command, the flags that shorten it, what it prints
     (r"python ppo\.py --env-id ALE/\S+", AT_ONCE, SCORE.format(1)),
     (r"python \w+\.py --env-id \S+( --.*)?", BRIEFLY, SCORE.format(2)),
     (r"torchrun .*", BRIEFLY.replace("2048", "32768").replace("--num-envs 4 --num-steps 128 ", ""), SCORE.format(2)),
-    (r"python tests/benchmark\.py", "--rows cartpole --steps 2048 --repeats 1", r"^\|cartpole\|[\d,]+\|"),
+    (
+        r"python tests/benchmark\.py",
+        "--tables speed --rows cartpole --steps 2048 --repeats 1",
+        r"^\|cartpole\|[\d,]+\|",
+    ),
     (r"git apply (-R )?\S+", "", ""),
     (r"tensorboard --logdir runs", "--port 0", r"http://localhost:\d+/"),
 ]

@@ -2267,7 +2267,7 @@ IMAGES = dict(num_minibatches=32, num_envs=8, update_epochs=3, clip_coef=0.1, cl
               validation_episodes=10)  # many small updates, which images learn from soonest  # fmt: skip
 ATARI = IMAGES | dict(  # the published protocol: no sticky actions
     env_kwargs={"repeat_action_probability": 0.0}, total_timesteps=10_000_000, clip_reward=True, episodic_life=True,
-    eval_episodes=30,
+    num_envs=128, num_steps=64, learning_rate=5e-4, eval_episodes=30,
 )  # fmt: skip
 UNTOUCHED = {"include_cfrc_ext_in_observation": False}  # 78 contact forces, all zero in the published versions
 DISCRETE = dict(num_envs=16, num_steps=256, num_minibatches=8, update_epochs=6, learning_rate=1e-3, desired_kl=0.01,
@@ -2323,7 +2323,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "Pusher-v5": CALM,
     "InvertedDoublePendulum-v5": MUJOCO | dict(validation_episodes=100),  # few would not show its rare falls
     "Hopper-v5": MUJOCO, "InvertedPendulum-v5": MUJOCO,
-    "ALE/Pong-v5": ATARI | dict(total_timesteps=1_000_000, learning_rate=5e-4),
+    "ALE/Pong-v5": ATARI | dict(total_timesteps=1_000_000, num_envs=8, num_steps=128),  # as many updates, of fewer rows
     "ALE/*": ATARI,
     "MinAtar/*": dict(  # as for large images, small minibatches, and a large rate
         total_timesteps=10_000_000, num_envs=64, num_minibatches=32, learning_rate=2.5e-3, hidden_sizes=(),

@@ -5,9 +5,9 @@
     python tests/benchmark.py --tables speed --rows cartpole      # some of them
     python tests/benchmark.py --peers path/to/folder              # beside CleanRL, LeanRL and purejaxrl, cloned there
 
-Every run is a process of its own, and programs take turns, so that a busy machine slows all of them; cells are medians
-over the repeats; in brackets, how many times faster ppo.py is, eager. Commands stand below the tables; all run with
-OMP_NUM_THREADS=1, but for images. What is timed:
+Every run is a process of its own, and those to be compared take turns, so that a busy machine slows all of them; cells
+are medians over the repeats; in brackets, how many times faster ppo.py is, eager. Commands stand below the tables; all
+run with OMP_NUM_THREADS=1, but for images. What is timed:
 - ppo.py: global_step / training_seconds of its results.json, without start-up, evaluation and checkpoints.
 - SB3: Stable-Baselines3 at the same hyperparameters, `learn` alone; it has no EnvPool.
 - CleanRL, LeanRL, purejaxrl: at the same hyperparameters, each in an environment of its own that is made
@@ -95,14 +95,12 @@ BRIEF = "--validation-episodes 0 --eval-episodes 1"
 commands = {}  # all that was run, in order
 
 
-def measure(*command, images=False, extra=()):
+def measure(*command, images=False, environment=()):
     """Run a command: its wall seconds, peak memory in MB, standard output and folder; None if it fails."""
     folder = Path(tempfile.mkdtemp())
-    parts = (shlex.split(part) if isinstance(part, str) else part if isinstance(part, list) else [part]
-             for part in command)  # fmt: skip
-    words = [str(word) for part in parts for word in part]
+    words = [str(word) for part in command for word in (shlex.split(part) if isinstance(part, str) else [part])]
     commands[shlex.join([Path(words[0]).name, *words[1:]])] = None
-    env = {**os.environ, "WANDB_MODE": "offline"} | ({} if images else {"OMP_NUM_THREADS": "1"}) | dict(extra)
+    env = {**os.environ, "WANDB_MODE": "offline"} | ({} if images else {"OMP_NUM_THREADS": "1"}) | dict(environment)
     started = time.perf_counter()
     with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
         child = subprocess.Popen(words, cwd=folder, env=env, stdout=out, stderr=err)
@@ -177,7 +175,7 @@ def run_purejaxrl(peers, flags, steps):
               "VF_COEF": a.vf_coef, "MAX_GRAD_NORM": a.max_grad_norm, "ACTIVATION": a.activation,
               "ANNEAL_LR": a.anneal_lr}  # fmt: skip
     path = {"PYTHONPATH": str(peers / "purejaxrl" / "purejaxrl")}
-    done = measure(python, ["-c", PUREJAXRL, json.dumps(config)], extra=path)
+    done = measure(python, shlex.join(["-c", PUREJAXRL, json.dumps(config)]), environment=path)
     return done and (steps / float(done[2].splitlines()[-1]), done[0], done[1])
 
 
@@ -344,8 +342,8 @@ def cold_rows(options):
         return done and (done[0], json.loads(done[2].splitlines()[-1])[0])
 
     def cleanrl():
-        script = options.peers / "cleanrl" / "cleanrl" / "ppo.py"
-        done = measure(python_of(options.peers, "cleanrl"), script)
+        python = python_of(options.peers, "cleanrl")
+        done = python and measure(python, options.peers / "cleanrl" / CLASSIC)
         returns = done and [float(x) for x in re.findall(r"episodic_return=\[?([-\d.]+)", done[2])[-100:]]
         return done and (done[0], sum(returns) / len(returns) if returns else math.nan)
 
@@ -371,9 +369,9 @@ def cold_rows(options):
 
 def growth_rows(options):
     chosen = GROWTH[1:4:2] if options.short else GROWTH
-    for name, flags, ranks, steps in chosen:
-        run = run_ppo(flags, options.steps or steps, ranks)
-        yield [name, *(f"{run[i]:,.0f}" for i in (0, 2))] if run else [name, "-", "-"]
+    programs = {name: partial(run_ppo, flags, options.steps or steps, ranks) for name, flags, ranks, steps in chosen}
+    got = alternate(options.repeats or 1, programs)
+    return [[name, *(f"{run[i]:,.0f}" for i in (0, 2))] if run else [name, "-", "-"] for name, run in got.items()]
 
 
 def main():

@@ -60,7 +60,7 @@ ROWS = {  # name: flags, steps of one run, repeats, who runs beside it
     "pong": ("--env-id ALE/Pong-v5", 10_240, 1, ["sb3"]),
 }  # fmt: skip
 SHORT = ["cartpole-cleanrl", "lunarlander"]
-LANDER = "--env-id LunarLander-v3 --total-timesteps 350000 --num-envs 32 --num-steps 128 --num-minibatches 8 " \
+LANDER = "--env-id LunarLander-v3 --total-timesteps 240000 --num-envs 32 --num-steps 128 --num-minibatches 8 " \
          "--update-epochs 4 --learning-rate 3e-3 --gamma 0.999 --ent-coef 0.005 --hidden-sizes 64 64"  # fmt: skip
 WIDE = "--env-id CartPole-v1 --num-envs 64 --num-steps 32 --device cpu"
 SPLIT = "--env-id LunarLander-v3 --vectorization sync --num-envs 32 --num-steps 512 --num-minibatches 8 " \

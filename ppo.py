@@ -2292,10 +2292,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         total_timesteps=500_000, num_envs=16, num_steps=128, num_minibatches=8, update_epochs=10, learning_rate=2e-3,
         gae_lambda=0.94, ent_coef=0.0, clip_vloss=False, norm_obs=True, norm_reward=True,
     ),
-    "MountainCar-v0": dict(  # the zoo's lambda and normalisation, without which its goal is never found
-        total_timesteps=500_000, num_envs=32, num_steps=64, num_minibatches=4, update_epochs=4, learning_rate=2e-3,
-        gae_lambda=0.98, ent_coef=0.0, norm_obs=True, norm_reward=True,
-    ),
+    "MountainCar-v0": DISCRETE,  # its normalisation above all, without which the goal is never found
     "Pendulum-v1": dict(  # the zoo's epochs; shorter rollouts, and a longer horizon, for fewer swings
         total_timesteps=100_000, num_envs=4, num_steps=256, num_minibatches=16, update_epochs=10, learning_rate=1e-3,
         gamma=0.97, gae_lambda=0.9, ent_coef=0.0, activation="relu", norm_reward=True, clip_vloss=False,

@@ -36,6 +36,7 @@ from itertools import count, cycle
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +79,7 @@ GROWTH = (  # what grows, flags, ranks, steps of one run
 )  # fmt: skip
 PEERS = {  # a clone in the folder --peers, and what it needs
     "cleanrl": "torch==2.13.0 gymnasium[mujoco]==0.29.1 mujoco==2.3.7 numpy==1.26.4 Box2D==2.3.10 "
-               "tensorboard==2.21.0 tyro==1.0.17",
+               "tensorboard==2.21.0 tyro==1.0.17 pygame==2.6.1",
     "LeanRL": "torch==2.13.0 gymnasium[mujoco]==0.29.1 mujoco==2.3.7 numpy==1.26.4 tensordict==0.15.3 wandb==0.31.0 "
               "tqdm==4.70.1 tyro==1.0.17",
     "purejaxrl": "jax==0.10.2 flax==0.12.8 optax==0.2.8 distrax==0.1.9 gymnax==0.0.9 brax==0.14.2 navix==0.7.4",
@@ -187,7 +188,8 @@ def floors(args):
     envs, obs, _ = ppo.make_envs(args, ppo.seeds(args.seed, ppo.TRAINING, n=args.num_envs))
     config = ppo.agent_config(args, envs)
     ppo.choose_device(args, config)  # sets the number of threads
-    choices = cycle([envs.action_space.sample() for _ in range(100)])
+    space = envs.single_action_space  # EnvPool's action_space is that of one environment, too
+    choices = cycle([np.array([space.sample() for _ in obs], space.dtype) for _ in range(100)])
     M = args.batch_size // args.num_minibatches
     agent = ppo.Agent(**config)
     optimizer = ppo.FlatAdam(agent)
@@ -364,7 +366,7 @@ def cold_rows(options):
     for name, repeats, program in programs:
         runs = alternate(repeats, {name: program}, sorted)[name]
         cells = [f"{statistics.median(x):.1f} ({x[worst]:.1f})" for x, worst in zip(runs or (), (-1, 0))]
-        yield [name, *(cells or "--")]
+        yield [name, *("-" if "nan" in cell else cell for cell in cells or "--")]
 
 
 def growth_rows(options):

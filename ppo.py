@@ -2316,7 +2316,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         num_envs=4, num_steps=512,
     ),
     "Reacher-v5": CALM | dict(gamma=0.9, num_minibatches=32),  # a short horizon: each step pays for its own distance
-    "InvertedPendulum-v5": MUJOCO, "InvertedDoublePendulum-v5": MUJOCO,
+    "InvertedDoublePendulum-v5": MUJOCO | dict(validation_episodes=100),  # few would not show its rare falls
+    "InvertedPendulum-v5": MUJOCO,
     "Hopper-v5": STEADY, "Walker2d-v5": STEADY, "Pusher-v5": STEADY,
     "ALE/Pong-v5": ATARI | dict(total_timesteps=1_000_000, num_envs=8, num_steps=128),  # as many updates, of fewer rows
     "ALE/*": ATARI,

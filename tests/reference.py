@@ -240,7 +240,9 @@ def other_settings(row: Row, folder: Path) -> list[str]:
         return []
     then = json.loads((folder / "hyperparameters.json").read_text())
     now = json.loads(json.dumps(asdict(parse_args(row.command))))
-    free = ("seed", "run_name", "precision")  # the last as the machine has it
+    free = {"seed", "run_name", "precision"}  # the last as the machine has it
+    if then["validation_episodes"] > now["validation_episodes"]:
+        free.add("validation_episodes")  # the same runs, their agents chosen by more episodes
     return [name for name in then if name in now and then[name] != now[name] and name not in free]
 
 

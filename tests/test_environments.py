@@ -408,5 +408,5 @@ def test_environments_share_no_seed_across_runs_nor_between_training_and_evaluat
     for seed in (1, 2):
         assert main("--seed", seed, "--total-timesteps", 4096, "--checkpoint-every", 1, "--eval-episodes", 5)[0] == 0
     groups = [used[seed, training] for seed in (1, 2) for training in (True, False)]
-    assert [len(group) for group in groups] == 2 * [2 * 64, 20 + 5]
+    assert [len(group) for group in groups] == 2 * [2 * 64, 10 + 5]
     assert len(set.union(*groups)) == sum(map(len, groups))

@@ -271,7 +271,7 @@ def test_other_names_of_functions_and_flags_exist_too():
     names |= set(re.findall(r"`(\w+)`", str(table("How the file is laid out"))))
     assert len(flags) > 20 and len(names) > 15
     missing = {name for name in flags | names if not exists(name)}
-    others = {"--help", "--slow", "HF_TOKEN", "--nproc-per-node", "--cudagraphs", "--peers"}  # of others, tyro to LeanRL
+    others = {"--help", "--slow", "HF_TOKEN", "--nproc-per-node", "--cudagraphs", "--peers"}  # of others
     assert missing == others | {
         "get_value",
         "get_action_and_value",

@@ -20,7 +20,6 @@ run with OMP_NUM_THREADS=1, but for images. What is timed:
 
 import argparse
 import json
-import math
 import os
 import platform
 import re
@@ -347,11 +346,11 @@ def cold_rows(options):
         python = python_of(options.peers, "cleanrl")
         done = python and measure(python, options.peers / "cleanrl" / CLASSIC)
         returns = done and [float(x) for x in re.findall(r"episodic_return=\[?([-\d.]+)", done[2])[-100:]]
-        return done and (done[0], sum(returns) / len(returns) if returns else math.nan)
+        return done and (done[0], *([statistics.mean(returns)] if returns else []))
 
     def purejaxrl():
         done = run_purejaxrl(options.peers, ROWS["cartpole-cleanrl"][0], 500_000)
-        return done and (done[1], math.nan)
+        return done and (done[1],)
 
     few = options.repeats or (1 if options.short else 5)
     programs = [("ppo.py, CartPole-v1", few, ours("--env-id CartPole-v1"))]
@@ -366,7 +365,7 @@ def cold_rows(options):
     for name, repeats, program in programs:
         runs = alternate(repeats, {name: program}, sorted)[name]
         cells = [f"{statistics.median(x):.1f} ({x[worst]:.1f})" for x, worst in zip(runs or (), (-1, 0))]
-        yield [name, *("-" if "nan" in cell else cell for cell in cells or "--")]
+        yield [name, *cells, *["-"] * (2 - len(cells))]
 
 
 def growth_rows(options):

@@ -2319,7 +2319,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "InvertedDoublePendulum-v5": MUJOCO | dict(validation_episodes=100),  # few would not show its rare falls
     "InvertedPendulum-v5": MUJOCO,
     "Hopper-v5": STEADY, "Walker2d-v5": STEADY, "Pusher-v5": STEADY,
-    "ALE/Pong-v5": ATARI | dict(total_timesteps=1_000_000, num_envs=8, num_steps=128),  # as many updates, of fewer rows
+    "ALE/Pong-v5": ATARI | dict(  # as many updates, of fewer rows; validated by as many starts as there are
+        total_timesteps=700_000, num_envs=8, num_steps=128, validation_episodes=30,
+    ),
     "ALE/*": ATARI,
     "MinAtar/*": dict(  # as for large images, small minibatches, and a large rate
         total_timesteps=10_000_000, num_envs=64, num_minibatches=32, learning_rate=2.5e-3, hidden_sizes=(),

@@ -97,7 +97,7 @@ ROWS = [
     Row("InvertedDoublePendulum-v5", 1_000_000, 5, 4, "9231.3 +/- 270.4 (v2)", "Tianshou"),
     Row("Reacher-v5", 1_000_000, 5, 9, "-4.1 +/- 0.3 (v2)", "Tianshou", TWENTY),
     Row("Pusher-v5", 1_000_000, 5, 2, "-40.4 +/- 7.2 (v4)", "CleanRL"),
-    Row("ALE/Pong-v5", 1_000_000, 3, 9, "at 1.5M 20.0; at 10M 20.4 (v4)", "rl_games; CleanRL"),
+    Row("ALE/Pong-v5", 700_000, 3, 10, "at 1.5M 20.0; at 10M 20.4 (v4)", "rl_games; CleanRL"),
     Row("ALE/Breakout-v5", 10_000_000, 1, 3, "414.7 +/- 28.1 (v4)", "CleanRL"),
     Row("MinAtar/Asterix-v1", 10_000_000, 3, 10, "15", "gymnax", TWENTY),
     Row("MinAtar/Breakout-v1", 10_000_000, 3, 10, "28", "gymnax", TWENTY),

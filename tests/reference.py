@@ -10,7 +10,7 @@
 Interrupt it at any time; the same command goes on where it was. A run works in runs/work-<env>-seed<k>, with its
 console in the .log beside. Once it is finished, runs/reference/<env>/ keeps of it what the results are made from:
 
-    seed<k>.json            its results.json: 100 greedy episodes of the agent that it would publish
+    seed<k>.json            its results.json: the greedy episodes, 100 or of Atari 30, of the agent it would publish
     curve.csv, curve.png    mean return of the training episodes that ended in each hundredth of the run, by seed
     hyperparameters.json    what all of these seeds were trained with
 

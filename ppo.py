@@ -2320,9 +2320,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "InvertedPendulum-v5": MUJOCO,
     "Hopper-v5": STEADY, "Walker2d-v5": STEADY, "Pusher-v5": STEADY,
     "ALE/Pong-v5": ATARI | dict(  # as many updates, of fewer rows; validated by as many starts as there are
-        total_timesteps=700_000, num_envs=8, num_steps=128, validation_episodes=30,
+        total_timesteps=1_000_000, num_envs=8, num_steps=128, validation_episodes=30,
     ),
     "ALE/*": ATARI,
+    "CarRacing-v3": IMAGES | dict(  # two frames show how fast it drives; as drawing them is slow, cores share it
+        vectorization="async", frame_stack=2, norm_reward=True, total_timesteps=300_000, num_envs=16,
+        learning_rate=5e-4, clip_coef=0.2, ent_coef=0.0, logstd_init=-0.5, validation_episodes=5, eval_episodes=30,
+    ),
     "MinAtar/*": dict(  # as for large images, small minibatches, and a large rate
         total_timesteps=10_000_000, num_envs=64, num_minibatches=32, learning_rate=2.5e-3, hidden_sizes=(),
         clip_vloss=False,

@@ -10,7 +10,7 @@
 Interrupt it at any time; the same command goes on where it was. A run works in runs/work-<env>-seed<k>, with its
 console in the .log beside. Once it is finished, runs/reference/<env>/ keeps of it what the results are made from:
 
-    seed<k>.json            its results.json: the greedy episodes, 100 or of Atari 30, of the agent it would publish
+    seed<k>.json            its results.json: the greedy episodes, 100 or 30, of the agent it would publish
     curve.csv, curve.png    mean return of the training episodes that ended in each hundredth of the run, by seed
     hyperparameters.json    what all of these seeds were trained with
 
@@ -97,8 +97,9 @@ ROWS = [
     Row("InvertedDoublePendulum-v5", 1_000_000, 5, 4, "9231.3 +/- 270.4 (v2)", "Tianshou"),
     Row("Reacher-v5", 1_000_000, 5, 9, "-4.1 +/- 0.3 (v2)", "Tianshou", TWENTY),
     Row("Pusher-v5", 1_000_000, 5, 2, "-40.4 +/- 7.2 (v4)", "CleanRL"),
-    Row("ALE/Pong-v5", 700_000, 3, 10, "at 1.5M 20.0; at 10M 20.4 (v4)", "rl_games; CleanRL"),
+    Row("ALE/Pong-v5", 1_000_000, 3, 10, "at 1.5M 20.0; at 10M 20.4 (v4)", "rl_games; CleanRL"),
     Row("ALE/Breakout-v5", 10_000_000, 1, 3, "414.7 +/- 28.1 (v4)", "CleanRL"),
+    Row("CarRacing-v3", 300_000, 3, 2, "at 4M 596.7 +/- 160.0 (v0)", "Hub"),
     Row("MinAtar/Asterix-v1", 10_000_000, 3, 10, "15", "gymnax", TWENTY),
     Row("MinAtar/Breakout-v1", 10_000_000, 3, 10, "28", "gymnax", TWENTY),
     Row("MinAtar/Freeway-v1", 10_000_000, 3, 10, "58", "gymnax", TWENTY),

@@ -104,7 +104,7 @@ def test_args_are_one_flat_frozen_dataclass_that_starts_with_the_environment():
     ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "Pendulum-v1", "LunarLander-v3", "LunarLanderContinuous-v3",
      "BipedalWalker-v3", "Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Humanoid-v5", "HumanoidStandup-v5",
      "InvertedDoublePendulum-v5", "InvertedPendulum-v5", "Pusher-v5", "Reacher-v5", "Swimmer-v5", "Walker2d-v5",
-     "ALE/Pong-v5", "ALE/Breakout-v5"],
+     "CarRacing-v3", "ALE/Pong-v5", "ALE/Breakout-v5"],
 )  # fmt: skip
 def test_a_preset_applies(env_id):
     name = ppo.own_preset(env_id)
@@ -122,7 +122,7 @@ def test_a_preset_applies(env_id):
         ("Taxi-v4", "general, discrete actions, few steps", ["--total-timesteps", "200000"]),
         ("Taxi-v4", "general, discrete actions", ["--total-timesteps", "200001"]),
         ("MountainCarContinuous-v0", "general, continuous actions, few steps", ["--total-timesteps", "50000"]),
-        ("CarRacing-v3", "general, images", ["--env-kwargs", "continuous", "False"]),
+        ("worlds:UnnamedCarRacing-v0", "general, images", ["--env-kwargs", "continuous", "False"]),
         ("Taxi-v4", "none", ["--preset", "none"]),
         ("CartPole-v0", "CartPole-v1", ["--preset", "CartPole-v1"]),
         ("NoSuchWorld-v0", "none", []),  # it will be told when the environment is made

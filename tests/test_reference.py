@@ -100,7 +100,7 @@ def test_a_row_by_hand(tmp_path):
 def test_a_row_without_results_says_how_to_get_them(tmp_path):
     pong = next(row for row in reference.ROWS if row.env_id == "ALE/Pong-v5")
     text = reference.long_table([reference.summarize(pong, tmp_path)])
-    assert "| ALE/Pong-v5 | 700k | 0 of 3 | not run |" in text
+    assert "| ALE/Pong-v5 | 1M | 0 of 3 | not run |" in text
     assert "`python tests/reference.py --envs ALE/Pong-v5`" in text
 
 

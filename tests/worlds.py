@@ -182,7 +182,7 @@ gym.register("UnnamedParts-v0", lambda: Parts(gym.make("LunarLander-v3")))
 UNNAMED = [
     "CartPole-v1", "Acrobot-v1", "MountainCar-v0", "LunarLander-v3", "LunarLanderContinuous-v3", "Pendulum-v1",
     "MountainCarContinuous-v0", "BipedalWalker-v3", "Hopper-v5", "Walker2d-v5", "HalfCheetah-v5", "Ant-v5",
-    "Swimmer-v5", "Reacher-v5", "FrozenLake-v1", "InvertedPendulum-v5", "Pusher-v5",
+    "Swimmer-v5", "Reacher-v5", "FrozenLake-v1", "InvertedPendulum-v5", "Pusher-v5", "CarRacing-v3",
 ]  # fmt: skip
 for env_id in UNNAMED:
     spec = gym.spec(env_id)

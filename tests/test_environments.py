@@ -127,7 +127,7 @@ def test_trains_atari_in_envpool():
 @pytest.mark.slow
 def test_trains_and_plays_from_pixels_with_channels_last(monkeypatch):
     monkeypatch.setattr(gym.spec("CarRacing-v3"), "max_episode_steps", 50)
-    run = train("CarRacing-v3", num_steps=16, total_timesteps=32)
+    run = train("CarRacing-v3", num_steps=16, total_timesteps=64)
     assert_learned(run)
     assert_plays(run)
 

@@ -163,7 +163,7 @@ class EvaluationArgs:
 
     validation_episodes: Annotated[int, "from 0 to 65536", 0, 2**16] = 10  # at each checkpoint, to keep the best agent
     eval_episodes: Count = 100  # episodes of the final evaluation
-    deterministic: bool = True  # the final evaluation is of the policy's mode; --no-deterministic samples
+    deterministic: bool = True  # scores and films are of the policy's mode; --no-deterministic samples
     capture_video: bool = False  # leave replay.mp4, one episode; with --repo-id always
     render: bool = False  # with --evaluate: no score, but a window to watch, until it is closed
 
@@ -1510,12 +1510,12 @@ def validate(agent: Agent, args: Args) -> float:
     if rank() > 0 or not args.validation_episodes:
         return -math.inf
     limit = 5_000  # a greedy agent may play on without end where nothing is to be won, as in Breakout
-    returns, _ = evaluate(agent, args, args.validation_episodes, VALIDATION, limit=limit)
+    returns, _ = evaluate(agent, args, args.validation_episodes, VALIDATION, args.deterministic, limit=limit)
     return float(returns.mean())
 
 
 def record_video(agent: Agent, args: Args, path: Path) -> None:
-    """One greedy episode as H.264, which browsers play. Its failure costs no run."""
+    """One episode as H.264, which browsers play. Its failure costs no run."""
     unfinished, video = path.with_name("unfinished.mp4"), None
 
     def film(worlds: Worlds) -> None:
@@ -1534,7 +1534,7 @@ def record_video(agent: Agent, args: Args, path: Path) -> None:
         os.environ["SDL_VIDEODRIVER"] = "dummy"  # pygame draws without a display; so does MuJoCo, through EGL
         if sys.platform == "linux" and not os.environ.get("DISPLAY"):
             os.environ.setdefault("MUJOCO_GL", "egl")
-        evaluate(agent, args, 1, VIDEO, film=film, limit=3_000)
+        evaluate(agent, args, 1, VIDEO, args.deterministic, film=film, limit=3_000)
         video.close()
         os.replace(unfinished, path)
         print(f"video: {path}", flush=True)
@@ -1544,7 +1544,7 @@ def record_video(agent: Agent, args: Args, path: Path) -> None:
 
 
 def watch(agent: Agent, args: Args) -> None:
-    """One greedy episode after the other in a window, in real time, until it is closed."""
+    """One episode after the other in a window, in real time, until it is closed."""
     with one_line("--render", "It needs pygame and a display; without one, --capture-video leaves a film"):
         import pygame
 
@@ -1571,7 +1571,7 @@ def watch(agent: Agent, args: Args) -> None:
         return closed
 
     while not closed:
-        returns, lengths = evaluate(agent, args, 1, VIDEO, film=show, limit=3_000)
+        returns, lengths = evaluate(agent, args, 1, VIDEO, args.deterministic, film=show, limit=3_000)
         print(f"return {returns[0]:.2f} in {lengths[0]:.0f} steps", flush=True)
         args = replace(args, seed=(args.seed + 1) % 2**32)  # another episode
 
@@ -2131,7 +2131,7 @@ def model_card(args: Args, run: Path, source: str, r: dict[str, Any]) -> str:
     download = "" if source.startswith("runs/") else f"hf download {source} {' '.join(code)} --local-dir .\n"
     start = "pip install -r requirements.txt\npython" if "requirements.txt" in code else "uv run"
     named = f" --env-id {args.env_id}" if ":" in args.env_id else ""  # or it is not trusted
-    video = "`replay.mp4` shows one greedy episode." if (run / "replay.mp4").exists() else ""
+    video = f"`replay.mp4` shows one {how} episode." if (run / "replay.mp4").exists() else ""
     curve = "![learning curve](curve.png)" if (run / "curve.png").exists() else ""  # not in a first-edition run
     settings = ", ".join(f"{name} {value}" for name, value in r["settings"].items())
     rows = "\n".join(f"| `{flag(k)}` | {v} |" for k, v in asdict(args).items() if k not in (*FREE, *MODES))
@@ -2325,7 +2325,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ALE/*": ATARI,
     "CarRacing-v3": IMAGES | dict(  # two frames show how fast it drives; as drawing them is slow, cores share it
         vectorization="async", frame_stack=2, norm_reward=True, total_timesteps=300_000, num_envs=16,
-        learning_rate=5e-4, clip_coef=0.2, ent_coef=0.0, logstd_init=-0.5, validation_episodes=5, eval_episodes=30,
+        learning_rate=5e-4, clip_coef=0.2, ent_coef=0.0, logstd_init=-0.5, eval_episodes=30,
+        deterministic=False,  # its throttle is the part of the noise above 0: without noise it hardly moves
     ),
     "MinAtar/*": dict(  # as for large images, small minibatches, and a large rate
         total_timesteps=10_000_000, num_envs=64, num_minibatches=32, learning_rate=2.5e-3, hidden_sizes=(),

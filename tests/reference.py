@@ -99,7 +99,7 @@ ROWS = [
     Row("Pusher-v5", 1_000_000, 5, 2, "-40.4 +/- 7.2 (v4)", "CleanRL"),
     Row("ALE/Pong-v5", 1_000_000, 3, 10, "at 1.5M 20.0; at 10M 20.4 (v4)", "rl_games; CleanRL"),
     Row("ALE/Breakout-v5", 10_000_000, 1, 3, "414.7 +/- 28.1 (v4)", "CleanRL"),
-    Row("CarRacing-v3", 300_000, 3, 2, "at 4M 596.7 +/- 160.0 (v0)", "Hub"),
+    Row("CarRacing-v3", 300_000, 2, 4, "at 4M 596.7 +/- 160.0 (v0)", "Hub"),
     Row("MinAtar/Asterix-v1", 10_000_000, 3, 10, "15", "gymnax", TWENTY),
     Row("MinAtar/Breakout-v1", 10_000_000, 3, 10, "28", "gymnax", TWENTY),
     Row("MinAtar/Freeway-v1", 10_000_000, 3, 10, "58", "gymnax", TWENTY),

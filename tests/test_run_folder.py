@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import io
 import json
 import os
@@ -388,6 +389,25 @@ def test_the_video_shows_each_step_of_an_episode_at_the_environments_pace(traine
     meta, frames = assert_plays_in_browsers(tmp_path / "replay.mp4")
     assert frames == len(steps) + 1
     assert meta["fps"] == 50 and meta["size"] == (600, 400)
+
+
+@pytest.mark.parametrize("how, deterministic", [("deterministic", True), ("no-deterministic", False)])
+def test_agents_are_chosen_scored_and_filmed_in_the_same_way(how, deterministic, main, monkeypatch):
+    asked, evaluate = set(), ppo.evaluate
+    signature = inspect.signature(evaluate)
+
+    def spy(*args, **kwargs):
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        asked.add((given.arguments["stream"], given.arguments["deterministic"]))
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(ppo, "evaluate", spy)
+    assert main(*FLAGS, f"--{how}", "--capture-video")[0] == 0
+    all_streams = {ppo.VALIDATION, ppo.EVALUATION, ppo.VIDEO}
+    assert asked == {(stream, deterministic) for stream in all_streams} | {(ppo.EVALUATION, not deterministic)}
+    kind = "greedy" if deterministic else "sampled"
+    assert f"shows one {kind} episode" in Path("runs/trained/README.md").read_text()
 
 
 def test_evaluate_can_film_too(main):

@@ -116,9 +116,8 @@ def test_committed_seeds_are_full_runs_of_the_preset(path):
     results, row = json.loads(path.read_text()), ROWS[path.parent]
     assert (results["env_id"], path.name) == (row.env_id, f"seed{results['seed']}.json")
     assert results["total_timesteps"] == row.steps
-    args = reference.usual_args(row.env_id)
-    assert results["deterministic"] == args.deterministic
-    episodes = args.eval_episodes if row.env_id.startswith(("ALE/", "CarRacing")) else 100
+    assert results["deterministic"] == (row.env_id != "CarRacing-v3")
+    episodes = 30 if row.env_id.startswith(("ALE/", "CarRacing")) else 100
     assert results["n_evaluation_episodes"] == len(results["episode_returns"]) == episodes
     assert results["mean_reward"] == pytest.approx(np.mean(results["episode_returns"]))
 

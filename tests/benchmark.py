@@ -8,7 +8,7 @@
 Every run is a process of its own, and those to be compared take turns, so that a busy machine slows all of them; cells
 are medians over the repeats; in brackets, how many times faster ppo.py is, eager. Commands stand below the tables; all
 run with OMP_NUM_THREADS=1, but for images. What is timed:
-- ppo.py: global_step / training_seconds of its results.json, without start-up, evaluation and checkpoints.
+- ppo.py: global_step / training_seconds of its results.json: without start-up and evaluation, with compilation.
 - SB3: Stable-Baselines3 at the same hyperparameters, `learn` alone; it has no EnvPool.
 - CleanRL, LeanRL, purejaxrl: at the same hyperparameters, each in an environment of its own that is made
   beside it, with the versions below; the steps/s that the first two print last, and without compilation for the third.
@@ -184,14 +184,14 @@ def run_purejaxrl(peers, flags, steps):
 
 def floors(args):
     """Seconds per row of the environments alone, of the update alone, and compiled; and of one leg's validation."""
-    envs, obs, _ = ppo.make_envs(args, ppo.seeds(args.seed, ppo.TRAINING, n=args.num_envs))
-    config = ppo.agent_config(args, envs)
-    ppo.choose_device(args, config)  # sets the number of threads
+    worlds = ppo.Worlds(args, ppo.seeds(args.seed, ppo.TRAINING, n=args.num_envs))
+    ppo.choose_device(args, worlds.parts)  # sets the number of threads
+    envs, obs = worlds.envs, worlds.obs
     space = envs.single_action_space  # EnvPool's action_space is that of one environment, too
     choices = cycle([np.array([space.sample() for _ in obs], space.dtype) for _ in range(100)])
     M = args.batch_size // args.num_minibatches
-    agent = ppo.Agent(**config)
-    optimizer = ppo.FlatAdam(agent)
+    agent = ppo.Agent(**ppo.look(args))
+    optimizer = ppo.Adam(agent)
     rows = torch.as_tensor(obs)[torch.arange(M) % len(obs)]
     with torch.no_grad():
         actions = agent.act(rows, agent.sample_noise(M))
@@ -214,12 +214,12 @@ def floors(args):
             rounds.append(time.perf_counter() - started)
         return statistics.median(rounds) / 20
 
-    ways = (ppo.compute_gradient, ppo.compile_gradient(agent, args))
+    ways = (ppo.compute_gradient, ppo.compile_gradient(agent))
     updates = [seconds(partial(step, way)) * args.update_epochs / M for way in ways]
     env = seconds(lambda: envs.step(next(choices))) / args.num_envs
 
     worlds = ppo.Worlds(args, ppo.seeds(args.seed, ppo.VALIDATION, n=args.validation_episodes), training=False)
-    limit = min(ppo.find_env(args).max_episode_steps or 5000, 5000)
+    limit = min(ppo.gym.spec(args.env_id).max_episode_steps or 5000, 5000)
     with torch.inference_mode():
         play = seconds(lambda: worlds.step(agent.act(torch.as_tensor(worlds.obs), memory=worlds.memory)))
     rows = len(next(ppo.legs(0, args))) * args.batch_size

@@ -59,7 +59,7 @@ def main(capsys):
 @pytest.fixture
 def steps(monkeypatch):
     """What the environments answered: (obs, rewards, terminated, truncated, info) of each step, as it happens."""
-    record, ask = [], ppo.ask
+    record, ask = [], ppo.Worlds.ask
 
     def spy(*args, **kwargs):
         answer = ask(*args, **kwargs)
@@ -67,14 +67,13 @@ def steps(monkeypatch):
             record.append(copy.deepcopy(answer))
         return answer
 
-    monkeypatch.setattr(ppo, "ask", spy)
+    monkeypatch.setattr(ppo.Worlds, "ask", spy)
     return record
 
 
 @pytest.fixture
 def register(monkeypatch):
     """Make an environment known to Gymnasium for one test: register(its class or maker) -> its id."""
-    monkeypatch.setattr(ppo, "MASKS", {})  # what was found of another of this name
 
     def call(maker, **kwargs):
         spec = gym.envs.registration.EnvSpec("Tiny-v0", entry_point=maker, **kwargs)

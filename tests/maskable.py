@@ -85,7 +85,7 @@ if __name__ == "__main__":
                 if not path.exists():
                     result = maskable(row, seed)
                     FOLDER.mkdir(parents=True, exist_ok=True)
-                    reference.write_json(path, result)
+                    reference.write_file(path, result)
                     print(
                         f"{path.stem:24} {result['mean_reward']:9.2f}  {result['training_seconds']:.0f} s", flush=True
                     )

@@ -12,7 +12,7 @@ console in the .log beside. Once it is finished, runs/reference/<env>/ keeps of 
 
     seed<k>.json            its results.json: the greedy episodes, 100 or 30, of the agent it would publish
     curve.csv, curve.png    mean return of the training episodes that ended in each hundredth of the run, by seed
-    hyperparameters.json    what all of these seeds were trained with
+    hyperparameters.json    what all of these seeds were trained with; without rescale_actions, by the second edition
 
 From these files alone follow summary.json and curves.png in runs/reference/, and what stands between the two marks
 <!-- results --> and <!-- /results --> in README.md and in runs/reference/results.md.
@@ -31,6 +31,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ppo import own_preset, parse_args, usual_args, write_file, write_json
+from ppo import PRESETS, parse_args, write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "runs" / "reference"
@@ -58,7 +59,7 @@ class Row(NamedTuple):
     @property
     def name(self) -> str:
         """The id; with the steps, where they are not its preset's, and with the label."""
-        usual = own_preset(self.env_id) == "none" or usual_args(self.env_id).total_timesteps == self.steps
+        usual = preset_steps(self.env_id) in (None, self.steps)
         words = [self.env_id.replace("worlds:", ""), "" if usual else f"{self.steps / 1e6:g}M", self.label]
         return re.sub(r"[/ ]", "-", "-".join(filter(None, words)))
 
@@ -69,6 +70,11 @@ class Row(NamedTuple):
     def command(self) -> list[str]:
         """The flags that say what is trained; tests/ is on the path, for tests/worlds.py."""
         return ["--env-id", self.env_id, "--total-timesteps", str(self.steps), *shlex.split(self.flags)]
+
+
+def preset_steps(env_id: str) -> int | None:
+    """Those of the environment's own preset, if it has one."""
+    return next((PRESETS[name]["total_timesteps"] for name in PRESETS if fnmatchcase(env_id, name)), None)
 
 
 TWENTY = "--validation-episodes 20"  # the default when these rows were made
@@ -162,9 +168,7 @@ def main(envs: tuple[str, ...] = (), seeds: int | None = None, jobs: int = 2, fi
     return code
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Running
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Running -----------------------------------------------------------------
 
 
 def reference_folder(row: Row) -> Path:
@@ -177,12 +181,13 @@ def work_folder(row: Row, seed: int) -> Path:
 
 def run_rows(queue: list[tuple[Row, int]], jobs: int) -> int:
     """Train what is not finished yet; the exit code."""
+    missing = [(row, seed) for row, seed in queue if not (reference_folder(row) / f"seed{seed}.json").exists()]
     for row, seed in queue:
         for folder in (reference_folder(row), work_folder(row, seed)):
-            if changed := other_settings(row, folder):
+            edition = ["edition"] if (row, seed) in missing and read_settings(folder)[1] == "second edition" else []
+            if changed := other_settings(row, folder) + edition:
                 sys.exit(f"{folder} was trained with other settings ({', '.join(changed)}): remove it to start anew")
-    queue = [(row, seed) for row, seed in queue if not (reference_folder(row) / f"seed{seed}.json").exists()]
-    return run_all(queue, jobs, start, collect)
+    return run_all(missing, jobs, start, collect)
 
 
 def run_all(queue: list[tuple], jobs: int, start: Callable, collect: Callable) -> int:
@@ -236,33 +241,38 @@ def in_background(run: Path, command: list[str]) -> subprocess.Popen:
                                 start_new_session=True)  # fmt: skip
 
 
+def read_settings(folder: Path) -> tuple[dict, str]:
+    """What a run or the seeds in a reference folder were trained with, if anything is there; by which edition."""
+    paths = (folder / "hyperparameters.json", folder / "config.json")
+    settings = next((json.loads(path.read_text()) for path in paths if path.exists()), {})
+    return settings, "second edition" if settings and "rescale_actions" not in settings else "third edition"
+
+
 def other_settings(row: Row, folder: Path) -> list[str]:
-    """The names in a folder's hyperparameters.json, if it has one, whose values are not today's."""
-    if not (folder / "hyperparameters.json").exists():
-        return []
-    then = json.loads((folder / "hyperparameters.json").read_text())
+    """The names among a folder's settings whose values are not today's.
+
+    For the second edition, which stretched no actions, a deviation was another thing; its null is 0 now."""
+    then, edition = read_settings(folder)
     now = json.loads(json.dumps(asdict(parse_args(row.command))))
-    free = ("seed", "run_name", "precision")  # the last as the machine has it
-    return [name for name in then if name in now and then[name] != now[name] and name not in free]
+    free = ("seed", "run_name", "logstd_init" if edition == "second edition" else "")
+    return [name for name in then if name in now and (then[name] or 0) != (now[name] or 0) and name not in free]
 
 
 def collect(row: Row, seed: int) -> str:
     """Copy what a finished run has shown to the reference folder, its results last: they mark it as done."""
     run, folder = work_folder(row, seed), reference_folder(row)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = json.loads((run / "hyperparameters.json").read_text())
-    total = settings["total_timesteps"]
-    write_json(folder / "hyperparameters.json", {k: v for k, v in settings.items() if k not in ("seed", "run_name")})
+    settings, _ = read_settings(run)
+    total, left = int(settings["total_timesteps"]), ("seed", "run_name", "parts", "action", "masks")
+    write_file(folder / "hyperparameters.json", {k: v for k, v in settings.items() if k not in left})
     curves = read_curves(folder / "curve.csv")[1] if (folder / "curve.csv").exists() else {}
     write_curves(folder / "curve.csv", total, curves | {seed: learning_curve(*training_returns(run), total)})
     results = json.loads((run / "results.json").read_text())
-    write_json(folder / f"seed{seed}.json", results)
+    write_file(folder / f"seed{seed}.json", results)
     return "{mean_reward:.2f} +/- {std_reward:.2f}, {training_seconds:.0f} s".format(**results)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Learning curves
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Learning curves ---------------------------------------------------------
 
 
 def training_returns(run: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -346,8 +356,8 @@ def draw(env_id: str, folder: Path) -> None:
 
 def worlds(summary: list[dict]) -> list[dict]:
     """The rows that have results, one for each world: the one with the steps of its preset."""
-    named = [row for row in summary if row["seeds"] and own_preset(row["env_id"]) != "none" and not row.get("label")]
-    return [row for row in named if row["steps"] == usual_args(row["env_id"]).total_timesteps]
+    plain = [row for row in summary if row["seeds"] and not row.get("label")]
+    return [row for row in plain if row["steps"] == preset_steps(row["env_id"])]
 
 
 def published_means(published: str) -> list[float]:
@@ -406,8 +416,8 @@ def picture(run: Path) -> bytes:
     from matplotlib.figure import Figure
     from PIL import Image
 
-    settings = json.loads((run / "hyperparameters.json").read_text())
-    total = settings["total_timesteps"]
+    settings, _ = read_settings(run)
+    total = int(settings["total_timesteps"])
     figure = Figure(figsize=(10, 2.4), layout="constrained")
     film, axes = figure.subplots(1, 2, width_ratios=(2, 1))
     film.imshow(Image.open(io.BytesIO(strip([run / "replay.mp4"], 4, 420))))
@@ -420,9 +430,7 @@ def picture(run: Path) -> bytes:
     return png(figure, 100)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics: Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (2021)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Statistics: Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (2021) ----
 
 
 def iqm(scores: np.ndarray) -> np.ndarray:  # [runs, ...] -> [...]
@@ -452,7 +460,7 @@ def summarize(row: Row, folder: Path) -> dict:
         "high": high, "min": means.min(), "std_over_episodes": np.mean([r["std_reward"] for r in found]),
         "training_seconds": np.median([r["training_seconds"] for r in found]),
     }  # fmt: skip
-    made_with = merge([r["settings"] for r in found])
+    made_with = merge([{"ppo.py": read_settings(folder)[1]} | r["settings"] for r in found])
     return summary | {name: round(float(value), 4) for name, value in numbers.items()} | {"made_with": made_with}
 
 

@@ -4,12 +4,12 @@ import importlib
 import inspect
 import json
 import re
-import shlex
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, asdict, fields, is_dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Literal, get_type_hints
+from typing import get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -34,7 +34,8 @@ def refused(main, tmp_path):
         code, out, err = main(*SHORT, *argv)
         assert (code, out) == (2, ""), err
         assert "Traceback" not in err
-        assert err.count("\n") == 1 if err.startswith("error: ") else err.count("For full helptext") == 1
+        messages = re.findall("^error: .+\n$|Error parsing|invalid choice|Unrecognized options:", err)
+        assert len(messages) == 1, err
         assert set(tmp_path.rglob("*")) == before
         return in_one_line(err)
 
@@ -47,6 +48,11 @@ def in_one_line(text):
 
 def without_frames(text):
     return re.sub("[╭╮╰╯│─]|-{3,}", " ", text)
+
+
+def plain(argv):
+    """Its arguments, without the name of the run."""
+    return replace(ppo.parse_args(argv), run_name="")
 
 
 # Defaults, presets and flags
@@ -62,28 +68,16 @@ def test_help_shows_the_defaults_of_the_environment(env_id, main):
         assert block[1] == str(getattr(args, name))
 
 
-BOXES = {"world": ppo.WorldArgs, "algorithm": ppo.AlgorithmArgs, "network": ppo.NetworkArgs,
-         "evaluation": ppo.EvaluationArgs, "run": ppo.RunArgs, "machine": ppo.MachineArgs}  # fmt: skip
-
-
-def test_help_has_a_box_for_each_group_of_flags_the_world_first(main, monkeypatch):
-    """With its flags in order and without prefixes, and the comment of each."""
-    monkeypatch.setenv("COLUMNS", "120")  # with more, boxes would stand side by side
+def test_help_lists_every_flag_in_order_with_its_comment_and_default(main, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     code, out, err = main("--help")
     assert (code, err) == (0, "")
-    _, *parts = re.split(r"^ *((?:\w+ )?options) *$", without_frames(out), flags=re.MULTILINE)
-    assert parts[::2] == ["options", *(f"{title} options" for title in BOXES)]
-    for group, text in zip(BOXES.values(), parts[3::2]):
-        flags = re.findall(r"^ {1,4}(--\S+?),? ", text, re.MULTILINE)  # help texts stand further right
-        assert flags == [ppo.flag(option.name) for option in fields(group)]
-        assert in_one_line(text).startswith(group.__doc__)
-        for option in fields(group):
-            comment = re.search(rf"^    {option.name}: .*?  # (.+)$", inspect.getsource(group), re.MULTILINE)
-            assert re.search(rf"{ppo.flag(option.name)}\b.* {re.escape(comment[1])} \(default: ", in_one_line(text))
-
-
-def test_every_flag_is_in_one_of_these_groups():
-    assert [f.name for group in BOXES.values() for f in fields(group)] == [f.name for f in fields(ppo.Args)]
+    flags = re.findall(r"^ {1,4}(--\S+?),? ", without_frames(out), re.MULTILINE)  # help texts stand further right
+    assert flags == [ppo.flag(option.name) for option in fields(ppo.Args)]
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(ppo.Args), re.MULTILINE))
+    assert len(comments) > 30
+    for name, comment in comments.items():
+        assert re.search(rf"{ppo.flag(name)}\b.* {re.escape(comment)} \(default: ", in_one_line(out))
 
 
 def test_args_are_one_flat_frozen_dataclass_that_starts_with_the_environment():
@@ -107,10 +101,9 @@ def test_args_are_one_flat_frozen_dataclass_that_starts_with_the_environment():
      "CarRacing-v3", "ALE/Pong-v5", "ALE/Breakout-v5"],
 )  # fmt: skip
 def test_a_preset_applies(env_id):
-    name = ppo.own_preset(env_id)
-    args = ppo.parse_args(["--env-id", env_id])
-    assert ppo.PRESETS[name] and type(args) is ppo.Args
-    assert args == ppo.usual_args(env_id) == ppo.Args(env_id=env_id, preset=name, **ppo.PRESETS[name])
+    args = plain(["--env-id", env_id])
+    assert fnmatchcase(env_id, args.preset) and ppo.PRESETS[args.preset]
+    assert args == ppo.preset_args(ppo.Args(env_id)) == ppo.Args(env_id, preset=args.preset, **ppo.PRESETS[args.preset])
 
 
 @pytest.mark.parametrize(
@@ -125,11 +118,11 @@ def test_a_preset_applies(env_id):
         ("worlds:UnnamedCarRacing-v0", "general, images", ["--env-kwargs", "continuous", "False"]),
         ("Taxi-v4", "none", ["--preset", "none"]),
         ("CartPole-v0", "CartPole-v1", ["--preset", "CartPole-v1"]),
-        ("NoSuchWorld-v0", "none", []),  # it will be told when the environment is made
+        ("LunarLanderContinuous-v3", "LunarLander*-v3", []),
     ],
 )
 def test_another_environment_takes_the_preset_that_is_named_or_fits_what_can_be_seen(env_id, name, flags):
-    args, settings = ppo.parse_args(["--env-id", env_id, *flags]), ppo.PRESETS[name]
+    args, settings = plain(["--env-id", env_id, *flags]), ppo.PRESETS[name]
     given = {"env_kwargs": args.env_kwargs} | ({"total_timesteps": int(flags[1])} if "--total" in str(flags) else {})
     assert args == ppo.Args(env_id=env_id, preset=name, **settings | given)
     assert args.env_kwargs == ({flags[1]: False} if flags and flags[0] == "--env-kwargs" else {})
@@ -141,31 +134,31 @@ def test_an_unknown_preset_is_refused_with_the_list(main):
     assert all(name in err for name in ppo.PRESETS) and len(err.splitlines()) == 1
 
 
-def test_the_presets_name_is_saved_and_part_of_the_printed_command(main):
+def test_the_presets_name_is_printed_and_saved(main):
     code, out, _ = main("--env-id", "FrozenLake-v1", "--preset", "Acrobot-v1", *QUICK, "--run-name", "lake")
     assert code == 0 and "preset: Acrobot-v1 " in out.splitlines()[0]
-    assert ppo.load_args(Path("runs/lake")).preset == "Acrobot-v1"
-    assert "--preset Acrobot-v1" in Path("runs/lake/README.md").read_text()
-    command = shlex.join(["--preset", "general, discrete actions"])
-    assert command in ppo.training_command(ppo.usual_args("Some-v0", "general, discrete actions"))
-    assert "--preset" not in ppo.training_command(ppo.usual_args("CartPole-v1"))
+    assert json.loads(Path("runs/lake/config.json").read_text())["preset"] == "Acrobot-v1"
 
 
-def test_the_exact_preset_goes_before_a_pattern(monkeypatch):
-    monkeypatch.setattr(ppo, "PRESETS", {"My*": {"gamma": 0.5}, "MyEnv-v0": {"gamma": 0.6}})
-    assert [ppo.own_preset(env_id) for env_id in ("MyEnv-v0", "MyOther-v0", "Other-v0")] == ["MyEnv-v0", "My*", "none"]
+def test_the_first_preset_that_fits_is_taken(monkeypatch):
+    monkeypatch.setattr(ppo, "PRESETS", {"none": {}, "MyEnv-v0": {"gamma": 0.6}, "My*": {"gamma": 0.5}})
+    assert [ppo.preset_args(ppo.Args(f"My{name}-v0")).gamma for name in ("Env", "Other")] == [0.6, 0.5]
 
 
 def test_explicit_flags_win_over_the_preset():
     given = {"learning_rate": 1e-5, "num_envs": 3, "num_minibatches": 1, "clip_vloss": True, "hidden_sizes": (8, 9)}
-    args = ppo.parse_args(
-        ["--env-id", "CartPole-v1", "--learning-rate", "1e-5", "--num-envs", "3", "--num-minibatches", "1",
-         "--clip-vloss", "--hidden-sizes", "8", "9"]
-    )  # fmt: skip
-    assert args == replace(ppo.usual_args("CartPole-v1"), **given)
+    args = plain(["--learning-rate", "1e-5", "--num-envs", "3", "--num-minibatches", "1", "--clip-vloss",
+                  "--hidden-sizes", "8", "9"])  # fmt: skip
+    assert args == replace(ppo.preset_args(ppo.Args("CartPole-v1")), **given)
 
 
-@pytest.mark.parametrize("env_id", ["FrozenLake-v1", "ALE/Pong-v5"])
+@pytest.mark.parametrize("steps", ["1e6", "1000000", "1_000_000"])
+def test_total_timesteps_are_taken_as_people_write_them(steps):
+    args = ppo.parse_args(["--total-timesteps", steps])
+    assert args.total_timesteps == 1_000_000 and args.num_iterations == 488 and type(args.num_iterations) is int
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "ALE/Pong-v5"])
 def test_env_kwargs_come_as_pairs_and_win_over_the_preset(env_id):
     args = ppo.parse_args(["--env-id", env_id, "--env-kwargs", "a", "False", "b", "0.5", "c", "3", "d", "word"])
     assert {k: args.env_kwargs[k] for k in "abcd"} == {"a": False, "b": 0.5, "c": 3, "d": "word"}
@@ -187,63 +180,39 @@ def test_derived_sizes_are_no_flags(main):
 # Bad input: exit code 2, one message, nothing written
 
 
-COUNTS = ("total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_episodes",
-          "checkpoint_every")  # fmt: skip
-RATES = ("learning_rate", "clip_coef", "max_grad_norm", "target_kl")
-WEIGHTS = ("ent_coef", "vf_coef")
+COUNTS = ("num_envs", "num_minibatches", "update_epochs", "eval_episodes", "hidden_sizes", "num_steps")
+NATURALS = ("seed", "validation_episodes", "checkpoint_every", "lstm_hidden_size")
+RATES = ("learning_rate", "clip_coef", "max_grad_norm", "total_timesteps")
+WEIGHTS = ("ent_coef", "vf_coef", "target_kl", "desired_kl")
 FRACTIONS = ("gamma", "gae_lambda")
 
 
 @pytest.mark.parametrize(
     "name, value",
-    [(name, value) for name in COUNTS for value in ("0", "-4", "nan")]
+    [(name, value) for name in COUNTS for value in ("0", "-4", "nan", "1.5")]
+    + [(name, value) for name in NATURALS for value in ("-1", "nan")]
     + [(name, value) for name in RATES for value in ("0", "-0.1", "nan", "inf")]
     + [(name, value) for name in WEIGHTS for value in ("-0.1", "nan", "inf")]
     + [(name, value) for name in FRACTIONS for value in ("-0.01", "1.01", "nan")]
-    + [("seed", value) for value in ("-1", str(2**32))]
-    + [("validation_episodes", "-1"), ("hidden_sizes", "0")]
-    + [("logstd_init", value) for value in ("-20.1", "2.1", "nan")]
-    + [(name, "65537") for name in ("num_envs", "num_minibatches", "update_epochs", "hidden_sizes",
-                                    "validation_episodes", "eval_episodes", "checkpoint_every")]
-    + [("num_steps", "1"), ("num_steps", str(2**20 + 1)), ("total_timesteps", str(2**62 + 1))],
+    + [("logstd_init", "nan"), ("logstd_init", "inf"), ("num_steps", "1"), ("frame_stack", "0")],
 )  # fmt: skip
 def test_a_number_out_of_range_is_named_with_its_flag(name, value, refused):
     message = refused(ppo.flag(name), value)
     assert ppo.flag(name) in message
     assert value in message
-    if not (name in COUNTS and value == "nan"):  # that is no integer at all
-        assert re.fullmatch(rf"error: {ppo.flag(name)} must be .+, got {re.escape(value)}(\.0)?", message)
+    if not (name in COUNTS + NATURALS and value in ("nan", "1.5")):  # these are no integers at all
+        assert re.fullmatch(rf"error: {ppo.flag(name)} must be .+, got \(?{re.escape(value)}(\.0)?(,\))?", message)
 
 
 def test_each_of_several_numbers_has_to_be_in_range(refused):
-    assert refused("--hidden-sizes", 8, 65536, 0) == "error: --hidden-sizes must be from 1 to 65536, got 0"
-
-
-LIMITED = Annotated[int, "from 3 to 5", 3, 5]
-
-
-@pytest.mark.parametrize(
-    "hint", [LIMITED, LIMITED | None, tuple[LIMITED, ...], tuple[LIMITED, ...] | None, tuple[LIMITED | None, ...]]
-)
-def test_a_range_is_found_inside_of_tuples_and_options(hint):
-    assert ppo.find_range(hint) == ("from 3 to 5", 3, 5)
-
-
-@pytest.mark.parametrize("hint", [int, str | None, tuple[int, ...], Literal["a", "b"], dict[str, bool | int]])
-def test_no_range_is_found_where_there_is_none(hint):
-    assert ppo.find_range(hint) is None
+    assert refused("--hidden-sizes", 8, 65536, 0) == "error: --hidden-sizes must be 1 or more each, got (8, 65536, 0)"
 
 
 def test_every_number_has_a_range():
     hints = get_type_hints(ppo.Args, include_extras=True)
     numbers = {name for name, hint in hints.items() if re.search(r"\b(int|float)\b", str(hint))} - {"env_kwargs"}
     assert {"seed", "gamma", "hidden_sizes", "target_kl", "checkpoint_every"} < numbers
-    assert [name for name in numbers if ppo.find_range(hints[name]) is None] == []
-
-
-@pytest.mark.parametrize("name", ["target_kl", "checkpoint_every"])
-def test_none_is_in_every_range(name):
-    assert getattr(ppo.Args(**{name: None}), name) is None
+    assert [name for name in numbers if not hasattr(hints[name], "__metadata__")] == []
 
 
 @pytest.mark.parametrize("argv", [("--learning-rate", "fast"), ("--num-envs", "1.5"), ("--vectorization", "threads")])
@@ -256,31 +225,33 @@ def test_an_unknown_flag_is_named(refused):
     assert "--learning-speed" in refused("--learning-speed", "3")
 
 
-def test_minibatches_that_do_not_divide_the_batch_are_told_the_divisors_near(refused):
-    message = refused("--num-envs", 6, "--num-steps", 20, "--total-timesteps", 1000, "--num-minibatches", 7)
-    assert "--num-minibatches 7" in message and "120" in message
-    assert re.search(r"5, 6, 8(, 10)?\b", message)
+@pytest.mark.parametrize("flags, words", [
+    (["--num-minibatches", 9], "--num-minibatches 9 must divide the 120 rows of a rollout, as 3 does"),
+    (["--num-minibatches", 4, "--lstm-hidden-size", 8], "4 must divide the 6 environments of a rollout, as 2 does"),
+])  # fmt: skip
+def test_minibatches_that_do_not_divide_what_they_share_are_told_a_number_that_does(flags, words, refused):
+    assert words in refused("--num-envs", 6, "--num-steps", 20, "--total-timesteps", 1000, *flags)
 
 
 def test_a_single_row_is_not_standardised(refused):
     message = refused("--num-envs", 2, "--num-steps", 16, "--num-minibatches", 32)
-    assert "--norm-adv" in message and "--num-minibatches" in message
+    assert "--norm-adv needs minibatches of at least 2 rows" in message
     for given in ({"num_minibatches": 32, "norm_adv": False}, {"num_minibatches": 16}):
-        assert ppo.Args(num_envs=2, num_steps=16, **given).num_minibatches == given["num_minibatches"]
+        ppo.check_training(ppo.Args(num_envs=2, num_steps=16, **given))
 
 
-def test_too_few_steps_are_told_both_numbers(refused):
-    message = refused("--total-timesteps", 100, "--num-envs", 8, "--num-steps", 32)
-    assert "--total-timesteps 100" in message and "256" in message
+def test_too_few_steps_are_told_how_many_it_takes(refused):
+    message = refused("--total-timesteps", 255, "--num-envs", 8, "--num-steps", 32)
+    assert "--total-timesteps must be at least 256" in message
 
 
 def test_statistics_that_would_take_the_only_batch_are_refused(refused):
     message = refused("--total-timesteps", 300, "--num-envs", 8, "--num-steps", 32, "--norm-obs")
-    assert "--total-timesteps 300" in message and "512" in message
+    assert "--total-timesteps must be at least 512" in message
 
 
 def test_statistics_of_images_are_refused(refused):
-    assert "--norm-obs is for vectors" in refused("--env-id", "ALE/Pong-v5", "--norm-obs")
+    assert "--no-norm-obs" in refused("--env-id", "ALE/Pong-v5", "--norm-obs")
 
 
 @pytest.mark.parametrize(
@@ -290,7 +261,7 @@ def test_statistics_of_images_are_refused(refused):
         ("LunarLander-v2", "LunarLander-v3"),
         ("ALE/Pongg-v5", "Did you mean: `Pong`?"),
         ("not an id", "not an id"),
-        ("CartPole", "No registered env with id: CartPole"),
+        ("ConnectPole", "Environment `ConnectPole` doesn't exist"),
     ],
 )
 @pytest.mark.parametrize("vectorization", ["auto", "sync"])
@@ -303,7 +274,7 @@ def test_an_unknown_module_is_named(refused):
     assert "no_such_module" in refused("--env-id", "no_such_module:MyEnv-v0")
 
 
-@pytest.mark.parametrize("env_id", ["MyEnv-v0", "LunarLander"])
+@pytest.mark.parametrize("env_id", ["MyEnv-v0", "LunarLander-3"])
 def test_what_ids_look_like_is_told(env_id, refused):
     message = refused("--env-id", env_id)
     assert all(example in message for example in (env_id, "LunarLander-v3", "ALE/Pong-v5", "my_module:MyEnv-v0"))
@@ -316,7 +287,7 @@ def test_an_unknown_env_kwarg_is_named(refused):
 @pytest.mark.parametrize(
     "missing, remedy, argv",
     [
-        ("ale_py", "pip install ale-py", ["--env-id", "ALE/Pong-v5"]),
+        ("ale_py", "pip install ale_py", ["--env-id", "ALE/Pong-v5"]),
         ("envpool", "pip install envpool", ["--vectorization", "envpool"]),
         ("mujoco", 'pip install "gymnasium[mujoco]"', ["--env-id", "HalfCheetah-v5"]),
         ("Box2D", 'pip install "gymnasium[box2d]"', ["--env-id", "LunarLander-v3"]),
@@ -355,7 +326,7 @@ def test_an_unsupported_space_is_named(observes, acts, named, refused, monkeypat
 
 def test_cuda_where_there_is_none(refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "--device cuda" in refused("--device", "cuda")
+    assert "no GPU" in refused("--device", "cuda")
 
 
 def test_device_auto_falls_back_to_the_cpu(main, monkeypatch):
@@ -365,7 +336,7 @@ def test_device_auto_falls_back_to_the_cpu(main, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside", "../../outside", "a/b", "a\\b", "..", ".", "", ".hidden", "a\n", "/outside"]
+    "name", ["../outside", "../../outside", "a/b", "a\\b", "..", ".", ".hidden", "a\n", "/outside"]
 )
 def test_a_run_name_is_one_path_component(name, refused, tmp_path):
     assert "--run-name" in refused(f"--run-name={name}")
@@ -378,9 +349,9 @@ def test_other_names_cannot_leave_runs(main, tmp_path):
     assert len(list(Path("runs").glob("*/results.json"))) == 1
 
 
-def test_runs_that_cannot_be_written_is_named(refused):
+def test_runs_that_cannot_be_written_is_named(main):
     Path("runs").write_text("a plain file")
-    assert "cannot create runs/mine" in refused("--run-name", "mine")
+    assert main(*SHORT, "--run-name", "mine") == (1, "", "error: Not a directory, in runs/mine\n")
 
 
 def test_a_run_is_never_overwritten(main):

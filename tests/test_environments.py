@@ -1,6 +1,5 @@
 """Every family of environments, observations, actions and vectorisations, on the real ones; what counts as a step."""
 
-import hashlib
 import json
 import math
 
@@ -13,7 +12,7 @@ from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiBinary, MultiDiscr
 
 import ppo
 
-VECTORIZATIONS = ["sync", "async", "native", "envpool"]
+VECTORIZATIONS = ["sync", "async", "auto", "envpool"]
 SHORT = {"total_timesteps": 384, "num_envs": 2, "num_steps": 64, "num_minibatches": 2, "update_epochs": 2,
          "validation_episodes": 0}  # fmt: skip
 AT_ONCE = ["--preset", "none", "--num-envs", "2", "--num-steps", "8",
@@ -22,22 +21,21 @@ AT_ONCE = ["--preset", "none", "--num-envs", "2", "--num-steps", "8",
 
 
 def train(env_id="CartPole-v1", **settings):
-    """Three short iterations, unless told otherwise, with the rest of the environment's preset: the run's folder."""
-    return ppo.train(
-        ppo.Args(env_id=env_id, **(ppo.PRESETS[ppo.own_preset(env_id)] | SHORT | {"run_name": "short"} | settings))
-    )
+    """Three short iterations, unless told otherwise, with the rest of the environment's preset: the run's state."""
+    args = ppo.preset_args(ppo.Args(env_id, preset="none" if env_id == "Tiny-v0" else ""))
+    return ppo.train(ppo.replace(args, **(SHORT | {"run_name": "short"} | settings)))
 
 
-def assert_learned(run):
+def assert_learned(state):
     """All losses are numbers, and the policy has moved away from the one that collected."""
-    logs = scalars(run)
+    logs = scalars(state.args.run)
     assert all(math.isfinite(value) for tag in logs if tag.startswith("losses/") for _, value in logs[tag])
     assert max(value for _, value in logs["losses/approx_kl"]) > 0
 
 
-def assert_plays(run):
-    args = ppo.load_args(run)
-    returns, lengths = ppo.evaluate(ppo.load_agent(run, args), args, episodes=2)
+def assert_plays(state):
+    args = state.args
+    returns, lengths = ppo.evaluate(ppo.load_agent(str(args.run), args), args, episodes=2)
     assert np.isfinite(returns).all() and (lengths > 0).all()
 
 
@@ -108,15 +106,15 @@ class Clock(gym.Env):
     ],
 )
 def test_trains_and_plays(env_id, env_kwargs):
-    run = train(env_id, env_kwargs=env_kwargs)
-    assert_learned(run)
-    assert_plays(run)
+    state = train(env_id, env_kwargs=env_kwargs)
+    assert_learned(state)
+    assert_plays(state)
 
 
 def test_trains_and_plays_atari_through_ales_own_vector_environment():
-    run = train("ALE/Pong-v5", num_steps=16, total_timesteps=32, env_kwargs={"max_num_frames_per_episode": 200})
-    assert_learned(run)
-    assert_plays(run)
+    state = train("ALE/Pong-v5", num_steps=16, total_timesteps=32, env_kwargs={"max_num_frames_per_episode": 200})
+    assert_learned(state)
+    assert_plays(state)
 
 
 @pytest.mark.slow
@@ -127,9 +125,9 @@ def test_trains_atari_in_envpool():
 @pytest.mark.slow
 def test_trains_and_plays_from_pixels_with_channels_last(monkeypatch):
     monkeypatch.setattr(gym.spec("CarRacing-v3"), "max_episode_steps", 50)
-    run = train("CarRacing-v3", num_steps=16, total_timesteps=64)
-    assert_learned(run)
-    assert_plays(run)
+    state = train("CarRacing-v3", num_steps=16, total_timesteps=64)
+    assert_learned(state)
+    assert_plays(state)
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
@@ -149,7 +147,8 @@ def test_trains_an_environment_of_the_users_own_module(main, vectorization, tmp_
     assert code == 0, err
     results = json.loads((tmp_path / "runs/mine/results.json").read_text())
     assert [1.5 * length for length in results["episode_lengths"]] == results["episode_returns"]
-    assert "--evaluate runs/mine --env-id my_module:MyEnv-v0 " in (tmp_path / "runs/mine/README.md").read_text()
+    args = ppo.make_args(json.loads((tmp_path / "runs/mine/config.json").read_text()))
+    assert "--evaluate me/mine --env-id my_module:MyEnv-v0 " in ppo.model_card(args, "me/mine", results)
 
 
 # Observations and actions
@@ -171,20 +170,19 @@ def test_trains_an_environment_of_the_users_own_module(main, vectorization, tmp_
     ids=str,
 )
 def test_observes(space, register):
-    run = train(register(lambda: Anything(space, Discrete(2), [])), num_steps=16, total_timesteps=64)
-    assert_learned(run)
-    assert_plays(run)
+    state = train(register(lambda: Anything(space, Discrete(2), [])), num_steps=16, total_timesteps=64)
+    assert_learned(state)
+    assert_plays(state)
 
 
 def test_a_discrete_observation_is_one_hot():
-    _, obs, _ = ppo.make_envs(ppo.Args("FrozenLake-v1"), seeds=[1, 2, 3])
-    assert obs.tolist() == 3 * [[1] + 15 * [0]]
+    assert ppo.Worlds(ppo.Args("FrozenLake-v1"), [1, 2, 3]).obs.tolist() == 3 * [[1] + 15 * [0]]
 
 
 def test_dict_and_tuple_observations_become_one_flat_vector(register):
     space = Dict(a=Box(2, 2, (3,)), b=Tuple([Discrete(1), Box(7, 7, (1, 2))]))
-    _, obs, _ = ppo.make_envs(ppo.Args(register(lambda: Anything(space, Discrete(2), []))), seeds=[1, 2])
-    assert obs.tolist() == 2 * [[2, 2, 2, 1, 7, 7]]
+    env_id = register(lambda: Anything(space, Discrete(2), []))
+    assert ppo.Worlds(ppo.Args(env_id), [1, 2]).obs.tolist() == 2 * [[2, 2, 2, 1, 7, 7]]
 
 
 @pytest.mark.parametrize(
@@ -193,23 +191,25 @@ def test_dict_and_tuple_observations_become_one_flat_vector(register):
 )  # fmt: skip
 def test_acts_in_all_of(space, register):
     taken = []
-    run = train(register(lambda: Anything(Box(-1, 1, (2,)), space, taken)))
-    assert_learned(run)
-    assert_plays(run)
+    state = train(register(lambda: Anything(Box(-1, 1, (2,)), space, taken)))
+    assert_learned(state)
+    assert_plays(state)
     assert all(space.contains(action) for action in taken)
     low = getattr(space, "start", 0)
     high = low + getattr(space, "nvec", getattr(space, "n", 2) if isinstance(space, Discrete) else 2) - 1
     assert (np.min(taken, 0) == low).all() and (np.max(taken, 0) == high).all()
 
 
+@pytest.mark.parametrize("center, scale", [(-0.125, 0.375), (0, 1)], ids=["stretched", "as chosen"])
 @pytest.mark.parametrize("shape", [(1,), (3,), (2, 2)])
-def test_continuous_actions_are_clipped_for_the_environment_only(shape, register, learned):
+def test_continuous_actions_are_clipped_for_the_environment_only(shape, center, scale, register, learned):
     taken, space = [], Box(-0.5, 0.25, shape)
-    assert_learned(train(register(lambda: Anything(Box(-1, 1, (2,)), space, taken))))
+    assert_learned(train(register(lambda: Anything(Box(-1, 1, (2,)), space, taken)), rescale_actions=scale < 1))
     actions = torch.cat([actions for _, actions in learned])
-    assert actions.shape[1:] == shape and actions.min() < -0.5 and actions.max() > 0.25
+    assert actions.shape[1:] == shape and actions.min() < -1 and actions.max() > 1
     assert all(space.contains(action) for action in taken)
-    assert {a.tobytes() for a in taken} == {a.tobytes() for a in actions.clamp(-0.5, 0.25).numpy()}
+    meant = (center + scale * actions.double()).clamp(-0.5, 0.25).float()
+    assert {a.tobytes() for a in taken} == {a.tobytes() for a in meant.numpy()}
 
 
 @pytest.mark.parametrize(
@@ -236,26 +236,25 @@ def test_an_action_space_that_is_not_supported_is_named_in_one_line(space, main,
 
 
 @pytest.mark.parametrize(
-    "vectorization, env_id, kind",
+    "vectorization, env_id, kind, scoring",
     [
-        ("auto", "CartPole-v1", "CartPoleVectorEnv"),
-        ("auto", "ALE/Pong-v5", "AtariVectorEnv"),
-        ("auto", "Acrobot-v1", "SyncVectorEnv"),
-        ("sync", "CartPole-v1", "SyncVectorEnv"),
-        ("async", "CartPole-v1", "AsyncVectorEnv"),
-        ("native", "CartPole-v1", "CartPoleVectorEnv"),
-        ("envpool", "CartPole-v1", "CartPoleGymnasiumEnvPool"),
+        ("auto", "CartPole-v1", "CartPoleVectorEnv", "SyncVectorEnv"),
+        ("auto", "ALE/Pong-v5", "AtariVectorEnv", "AtariVectorEnv"),
+        ("auto", "Acrobot-v1", "SyncVectorEnv", "SyncVectorEnv"),
+        ("sync", "CartPole-v1", "SyncVectorEnv", "SyncVectorEnv"),
+        ("async", "CartPole-v1", "AsyncVectorEnv", "SyncVectorEnv"),
+        ("envpool", "CartPole-v1", "CartPoleGymnasiumEnvPool", "SyncVectorEnv"),
     ],
 )
-def test_vectorization_chooses_the_vector_environment(vectorization, env_id, kind):
-    envs, *_ = ppo.make_envs(ppo.Args(env_id, vectorization=vectorization), seeds=[1, 2])
-    assert type(envs.unwrapped).__name__ == kind
-    envs.close()
+def test_vectorization_chooses_the_vector_environment(vectorization, env_id, kind, scoring):
+    for training, name in (True, kind), (False, scoring):
+        envs, _ = ppo.make_envs(ppo.Args(env_id, vectorization=vectorization), [1, 2], training, "")
+        assert type(envs.unwrapped).__name__ == name
+        envs.close()
 
 
-@pytest.mark.parametrize("vectorization", ["native", "envpool"])
-def test_a_vectorization_that_the_environment_lacks_is_refused_in_one_line(vectorization, main, register):
-    code, _, err = main("--env-id", register(Clock), "--vectorization", vectorization, *AT_ONCE)
+def test_a_vectorization_that_the_environment_lacks_is_refused_in_one_line(main, register):
+    code, _, err = main("--env-id", register(Clock), "--vectorization", "envpool", *AT_ONCE)
     assert (code, err.count("\n")) == (2, 1)
     assert "Tiny-v0" in err
 
@@ -286,35 +285,38 @@ def count_by_hand(steps):
 
 @pytest.mark.parametrize("vectorization", VECTORIZATIONS)
 def test_logged_episodes_and_steps_equal_a_hand_count(vectorization, steps):
-    logs = scalars(train(num_envs=3, total_timesteps=3 * 192, vectorization=vectorization))
+    logs = scalars(train(num_envs=3, total_timesteps=3 * 192, vectorization=vectorization).args.run)
     transitions, episodes = count_by_hand(steps)
     assert len(episodes) > 10
-    assert logs["charts/episodic_return"] == [(step, total) for step, total, _ in episodes]
-    assert logs["charts/episodic_length"] == [(step, length) for step, _, length in episodes]
-    assert logs["charts/SPS"][-1][0] == transitions
+    ends = [step for step, _ in logs["charts/SPS"]]  # of the iterations, each of which logs the mean of its episodes
+    of = {end: [e for e in episodes if before < e[0] <= end] for before, end in zip([0, *ends], ends)}
+    for name, i in ("return", 1), ("length", 2):
+        means = [(end, pytest.approx(np.mean([e[i] for e in ended]))) for end, ended in of.items() if ended]
+        assert logs[f"charts/episodic_{name}"] == means
+    assert ends[-1] == transitions and len(ends) > 3
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_logged_episodes_are_what_the_environment_pays(vectorization, register):
-    logs = scalars(train(register(Clock), vectorization=vectorization, episodic_life=True))
+    logs = scalars(train(register(Clock), vectorization=vectorization, episodic_life=True).args.run)
     assert {value for _, value in logs["charts/episodic_return"]} == {1 + 2 + 3 + 4 + 5 + 6}
     assert {value for _, value in logs["charts/episodic_length"]} == {6}
 
 
 def test_logged_episodes_in_envpool_have_their_true_length():
-    logs = scalars(train("Pendulum-v1", vectorization="envpool", total_timesteps=1024))
+    logs = scalars(train("Pendulum-v1", vectorization="envpool", total_timesteps=1024).args.run)
     assert {value for _, value in logs["charts/episodic_length"]} == {200}
 
 
 def test_an_episode_cut_by_a_checkpoint_is_not_logged(register):
-    logs = scalars(train(register(Clock), num_steps=8, checkpoint_every=1))  # the cut comes after 6 + reset + 1 steps
+    logs = scalars(train(register(Clock), num_steps=8, checkpoint_every=1).args.run)  # cut after 6 + reset + 1 steps
     assert {value for _, value in logs["charts/episodic_return"]} == {21}
-    assert len(logs["charts/episodic_return"]) == 384 // 8
+    assert len(logs["charts/episodic_return"]) == len(logs["charts/SPS"])
 
 
 def test_global_step_counts_real_transitions(register):
-    run = train(register(Clock), num_envs=2, num_steps=70, total_timesteps=420)  # three rollouts, resets in 1 row of 7
-    assert ppo.load_checkpoint(run)["global_step"] == 420 * 6 // 7
+    state = train(register(Clock), num_steps=70, total_timesteps=420)  # three rollouts, resets in 1 row of 7
+    assert state.global_step == 420 * 6 // 7
 
 
 @pytest.mark.parametrize("vectorization", VECTORIZATIONS)
@@ -335,8 +337,8 @@ def test_every_real_transition_reaches_the_loss_and_nothing_else(register, learn
 
 
 def test_reset_rows_never_reach_the_statistics(register):
-    run = train(register(Clock), num_steps=70, total_timesteps=420, norm_obs=True, norm_reward=True)
-    agent = ppo.load_agent(run, ppo.load_args(run))
+    state = train(register(Clock), num_steps=70, total_timesteps=420, norm_obs=True, norm_reward=True)
+    agent = ppo.load_agent(str(state.args.run), state.args)
     assert agent.obs_stats.count.tolist() == [360] and agent.return_stats.count == 360
     torch.testing.assert_close(agent.obs_stats.mean, torch.tensor([2.5]).double())
     torch.testing.assert_close(agent.obs_stats.var, torch.tensor([35 / 12]).double())
@@ -359,11 +361,11 @@ def horizons(monkeypatch):
 
 
 def test_a_lost_life_ends_the_value_horizon_only(register, horizons, steps):
-    run = train(register(Clock), num_steps=7, total_timesteps=42, checkpoint_every=99, episodic_life=True)
+    state = train(register(Clock), num_steps=7, total_timesteps=42, checkpoint_every=99, episodic_life=True)
     life = torch.tensor([False, False, True, False, False, False, False]).unsqueeze(-1)
     over = torch.tensor([False, False, False, False, False, True, False]).unsqueeze(-1)  # then its reset
     assert all((ended == life | over).all() and (done == over).all() for ended, done in horizons)
-    assert scalars(run)["charts/episodic_return"] == [(s, 21) for s in (12, 12, 24, 24, 36, 36)]
+    assert scalars(state.args.run)["charts/episodic_return"] == [(s, 21) for s in (12, 24, 36)]
 
 
 def test_a_lost_life_means_nothing_without_episodic_life(register, horizons):
@@ -384,8 +386,8 @@ def test_episodic_life_without_lives_is_refused_in_one_line(main):
 @pytest.mark.parametrize("vectorization", VECTORIZATIONS)
 def test_the_seed_alone_decides_the_weights(vectorization):
     def weights(name, seed):
-        run = train(vectorization=vectorization, run_name=name, seed=seed, total_timesteps=256)
-        return hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
+        run = train(vectorization=vectorization, run_name=name, seed=seed, total_timesteps=256).args.run
+        return (run / "model.safetensors").read_bytes()
 
     first, again, other = weights("first", 1), weights("again", 1), weights("other", 2)
     assert first == again != other
@@ -393,14 +395,14 @@ def test_the_seed_alone_decides_the_weights(vectorization):
 
 @pytest.mark.parametrize("env_id", ["LunarLander-v3", "Hopper-v5"])
 def test_the_seed_decides_the_weights_beyond_classic_control(env_id):
-    first, again = train(env_id, run_name="first"), train(env_id, run_name="again")
+    first, again = train(env_id, run_name="first").args.run, train(env_id, run_name="again").args.run
     assert (first / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
 
 
 def test_environments_share_no_seed_across_runs_nor_between_training_and_evaluation(main, monkeypatch):
     used, make_envs = {}, ppo.make_envs
 
-    def spy(args, seeds, training=True, render=False):
+    def spy(args, seeds, training, render):
         used.setdefault((args.seed, training), set()).update(seeds)
         return make_envs(args, seeds, training, render)
 

@@ -126,7 +126,7 @@ def test_an_environment_that_raises_keeps_its_traceback_and_gets_a_name_and_a_re
         main(*TRAIN)
     notes = "\n".join(caught.value.__notes__)
     assert caught.traceback[-1].path.name == "bad_world.py"
-    assert "environment 2" in notes and f"python ppo.py --resume {RUN}" in notes
+    assert "bad_world:Bad-v0" in notes and f"python ppo.py --resume {RUN}" in notes
     assert step is None or f"step {step}" in notes
     assert newest() == "checkpoint-00000002.pt"
 
@@ -135,24 +135,24 @@ def test_an_environment_whose_info_cannot_be_gathered_gets_a_name_too(main, monk
     monkeypatch.setenv("FAULT", "odd info")
     with pytest.raises(ValueError, match="broadcast") as caught:
         main(*TRAIN)
-    assert f"environment 2 at step {2 * 8}" in "\n".join(caught.value.__notes__)
+    assert f"at step {2 * 8} of bad_world:Bad-v0" in "\n".join(caught.value.__notes__)
 
 
 def test_an_async_environment_that_raises_is_reported_just_as_well():
     process = command(*TRAIN, "--vectorization", "async", env={"FAULT": "raise"}, timeout=60)
     assert process.returncode == 1
-    for words in ("the bridge is out", "bad_world.py", f"environment 2 at step {FAULTY_STEP}", f"--resume {RUN}"):
+    for words in ("the bridge is out", "bad_world.py", f"at step {FAULTY_STEP} of bad_world:Bad-v0", f"--resume {RUN}"):
         assert words in process.stderr
     assert_all_end()
 
 
-@pytest.mark.parametrize("fault, exit_code", [("die", 3), ("leave", 0)])
-def test_an_async_worker_that_dies_is_named_within_10_seconds_and_leaves_no_orphans(fault, exit_code):
+@pytest.mark.parametrize("fault", ["die", "leave"])
+def test_an_async_worker_that_dies_ends_the_run_within_10_seconds_and_leaves_no_orphans(fault):
     process = start(*TRAIN, "--vectorization", "async", fault=fault)
     process.stdout.readline()  # "run: ...": the worker dies within milliseconds
     _, err = process.communicate(timeout=10)
     assert process.returncode == 1
-    for words in ("environment 2", "died", f"step {FAULTY_STEP}", f"exit code {exit_code}", f"--resume {RUN}"):
+    for words in ("a process died", f"at step {FAULTY_STEP} of bad_world:Bad-v0", f"--resume {RUN}"):
         assert words in err
     assert "Traceback" not in err
     assert_all_end()
@@ -173,20 +173,6 @@ def test_no_worker_outlives_a_run(send, signum, code):
     assert process.returncode == code, err
     assert code < 0 or "Traceback" not in err  # those who lost their main process may complain
     assert_all_end()
-
-
-def test_a_signal_in_a_destructor_is_not_lost():
-    class Dying:
-        def __del__(self):
-            signal.raise_signal(signal.SIGINT)
-
-    before = signal.signal(signal.SIGINT, ppo.on_signal)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            Dying()
-            time.sleep(5)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_while_a_worker_is_forked_is_not_lost():
@@ -242,8 +228,8 @@ LOSSES = {
 @pytest.fixture
 def events(monkeypatch):
     """The steps of the optimiser, as they happen."""
-    record, step = [], ppo.FlatAdam.step
-    monkeypatch.setattr(ppo.FlatAdam, "step", lambda *args: (record.append("step"), step(*args)))
+    record, step = [], ppo.Adam.step
+    monkeypatch.setattr(ppo.Adam, "step", lambda *args: (record.append("step"), step(*args)))
     return record
 
 
@@ -297,8 +283,7 @@ def test_an_absurd_learning_rate_ends_in_one_line(main):
 def unfinished(main):
     """A run that was killed just before its results."""
     assert main(*TRAIN)[0] == 0
-    for name in ("results.json", "model.safetensors"):
-        (RUN / name).unlink()
+    (RUN / "results.json").unlink()
     return RUN
 
 
@@ -325,7 +310,7 @@ def test_a_disk_that_fills_up_while_the_agent_is_saved_costs_one_line(main, monk
     def full(*_):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(ppo.Agent, "_save_pretrained", full)
+    monkeypatch.setattr(ppo.safetensors.torch, "save", full)
     code, _, err = main(*TRAIN)
     assert code == 1
     assert "No space left on device" in err and f"--resume {RUN}" in err and one_line(err)
@@ -333,8 +318,8 @@ def test_a_disk_that_fills_up_while_the_agent_is_saved_costs_one_line(main, monk
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_run_whose_folder_vanishes_ends_in_one_line(main, monkeypatch):
-    step = ppo.FlatAdam.step
-    monkeypatch.setattr(ppo.FlatAdam, "step", lambda *args: (shutil.rmtree("runs", ignore_errors=True), step(*args))[1])
+    step = ppo.Adam.step
+    monkeypatch.setattr(ppo.Adam, "step", lambda *args: (shutil.rmtree("runs", ignore_errors=True), step(*args))[1])
     code, _, err = main(*TRAIN)
     assert code == 1
     assert str(RUN) in err and "No such file or directory" in err and one_line(err)

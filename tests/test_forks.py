@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -23,9 +24,10 @@ from torch.distributions import Categorical, Independent, Normal, TanhTransform,
 
 import ppo
 
-FORKS, README = ROOT / "tests" / "forks", (ROOT / "README.md").read_text()
+FORKS, DETAILS = ROOT / "tests" / "forks", (ROOT / "runs/reference/details.md").read_text()
 LIMITS = {"layernorm": (3, 10), "squashed": (3, 25), "distillation": (4, 45), "kl_penalty": (3, 15)}  # places, lines
-RUN = Path("runs", "it")
+RUN, TWO = Path("runs", "it"), gym.spaces.Discrete(2)
+checkpoint = functools.partial(torch.load, weights_only=True)
 
 CARTPOLE = "--total-timesteps 30720 --checkpoint-every 5"  # 15 iterations
 AIM = "--env-id aim:Aim-v0 --total-timesteps 24576 --num-envs 16 --num-steps 64 --learning-rate 3e-3 " \
@@ -130,8 +132,34 @@ def run(name, fork, trained):
     return trained(name)
 
 
+@pytest.fixture
+def args(name, fork):
+    return fork.parse_args(flags(name))
+
+
 def flags(name, more=""):
     return f"{FLAGS[name]} {BRIEF} {more}".split()
+
+
+def untrained(fork, args):
+    """The agent that a run begins with."""
+    torch.manual_seed(fork.seeds(args.seed, fork.WEIGHTS)[0])
+    return fork.Agent(**fork.look(args))
+
+
+def agent_of(fork, obs, action, **settings):
+    """One for such spaces; an observation may be given by its shape."""
+    obs = gym.spaces.Box(-1, 1, obs) if isinstance(obs, tuple) else obs
+    return fork.Agent(fork.describe(obs), fork.describe_action(action, True), **settings)
+
+
+def collected(fork, agent, args, T, N, seed=1):
+    """A rollout, and the worlds that it is of."""
+    worlds = fork.Worlds(args, fork.seeds(seed, n=N))
+    rollout = fork.Rollout.empty(agent, worlds, T)
+    torch.manual_seed(1)
+    fork.collect(agent, worlds, rollout)
+    return rollout, worlds
 
 
 def only(*names):
@@ -153,10 +181,10 @@ def test_a_fork_is_a_small_diff(name, folder):
     assert 0 < places <= LIMITS[name][0] and 0 < lines <= LIMITS[name][1]
 
 
-def test_it_learns(name, fork, run):
-    args, (low, high) = fork.load_args(run), BARS[name]
-    untrained, _ = fork.evaluate(fork.new_state(args).agent, args, 10, deterministic=False)
-    assert untrained.mean() < low
+def test_it_learns(name, fork, args, run):
+    low, high = BARS[name]
+    before, _ = fork.evaluate(untrained(fork, args), replace(args, deterministic=False), 10)
+    assert before.mean() < low
     assert json.loads((run / "results.json").read_text())["mean_reward"] > high
 
 
@@ -169,7 +197,7 @@ def test_the_first_ratio_is_one(name, norm_obs, fork):
     for metric in ("approx_kl", "old_approx_kl", "clipfrac"):
         values = [value for _, value in logs[f"losses/{metric}"]]
         assert len(values) >= 4 and np.abs(values).max() < 1e-6, metric
-    before, after = (torch.load(path, weights_only=True) for path in sorted(RUN.glob("checkpoint-*.pt"))[-2:])
+    before, after = map(checkpoint, sorted(RUN.glob("checkpoint-*.pt")))
     assert not before["optimizer"]["mean"].equal(after["optimizer"]["mean"])  # it did learn
 
 
@@ -181,10 +209,10 @@ def test_a_killed_run_resumes_to_the_same_weights(name, folder, fork, run):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-        assert not (RUN / "model.safetensors").exists()
+        assert not (RUN / "results.json").exists()
         assert fork.main(["--resume", str(RUN)]) == 0
         assert (RUN / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
-        resumed, whole = fork.load_checkpoint(RUN), fork.load_checkpoint(run)
+        resumed, whole = (checkpoint(max(folder.glob("checkpoint-*.pt"))) for folder in (RUN, run))
     assert all(resumed["agent"][key].equal(x) for key, x in whole["agent"].items())
 
 
@@ -193,9 +221,9 @@ def test_its_agent_goes_through_the_files_of_the_hub_and_plays_the_same(name, fo
     assert fork.main(["--evaluate", str(run)]) == 0
     score = f"mean_reward {results['mean_reward']:.2f} +/- {results['std_reward']:.2f} over 10 greedy episodes"
     assert score in capsys.readouterr().out
-    agent, best = fork.Agent.from_pretrained(run, strict=True), fork.load_checkpoint(run)["best_agent"]
-    assert agent.state_dict().keys() == best.keys()
-    assert all(x.equal(best[key]) for key, x in agent.state_dict().items())
+    agent, last = fork.Agent.from_pretrained(run, strict=True), checkpoint(max(run.glob("checkpoint-*.pt")))["agent"]
+    assert agent.state_dict().keys() == last.keys()
+    assert all(x.equal(last[key]) for key, x in agent.state_dict().items())
 
 
 # LayerNorm, and a trunk shared by actor and critic
@@ -203,7 +231,7 @@ def test_its_agent_goes_through_the_files_of_the_hub_and_plays_the_same(name, fo
 
 @only("layernorm")
 def test_actor_and_critic_share_all_but_their_last_layer(fork):
-    agent = fork.Agent([3], [], [2], hidden_sizes=[16, 8], activation="relu")
+    agent = agent_of(fork, (3,), TWO, hidden_sizes=[16, 8], activation="relu")
     layers = [torch.nn.Linear, torch.nn.LayerNorm, torch.nn.ReLU]
     assert [type(layer) for layer in agent.shared] == 2 * layers
     assert [layer.normalized_shape for layer in agent.shared[1::3]] == [(16,), (8,)]
@@ -214,11 +242,13 @@ def test_actor_and_critic_share_all_but_their_last_layer(fork):
 
 
 @only("layernorm")
-def test_images_and_agents_without_hidden_layers_work_too(fork):
-    images = fork.Agent([84, 84, 4], [], [2], hidden_sizes=[8])
-    assert images.critic(images.encode(torch.zeros(5, 84, 84, 4, dtype=torch.uint8))).shape == (5, 1)
-    linear = fork.Agent([3], [], [2], hidden_sizes=[])
+def test_images_memory_and_agents_without_hidden_layers_work_too(fork):
+    images = agent_of(fork, gym.spaces.Box(0, 255, (84, 84, 4), np.uint8), TWO, hidden_sizes=[8])
+    assert images.critic(images.encode(torch.zeros(5, images.width, dtype=torch.uint8))).shape == (5, 1)
+    linear = agent_of(fork, (3,), TWO, hidden_sizes=[])
     assert linear.critic(linear.encode(torch.randn(5, 3))).shape == (5, 1)
+    memory = agent_of(fork, (3,), TWO, hidden_sizes=[8], lstm_hidden_size=6)
+    assert memory.act(torch.randn(5, 3), memory=torch.zeros(2, 5, 6)).shape == (5,)
 
 
 # A Gaussian squashed by tanh, whose deviation depends on the observation
@@ -270,62 +300,54 @@ def test_more_noise_is_more_entropy_only_until_tanh_saturates(fork):
 
 @only("squashed")
 def test_its_deviation_depends_on_the_observation(fork):
-    agent = fork.Agent([3], [2], None)
+    agent = agent_of(fork, (3,), gym.spaces.Box(-1, 1, (2,)))
     logstd = agent.policy(agent.encode(obs := torch.randn(5, 3)), obs).logstd
     assert logstd.shape == (5, 2) and len(logstd.unique()) == 10
 
 
 @only("squashed")
-def test_the_unsquashed_action_is_stored_and_the_squashed_one_taken(fork):
-    args = fork.Args(env_id="aim:Aim-v0", num_envs=8)
-    state = fork.new_state(args)
-    rollout, worlds = fork.empty_rollout(state.agent, 128, 8), fork.Worlds(args, fork.seeds(1, n=8))
-    space, step = worlds.envs.single_action_space, worlds.envs.step
-    taken: list[np.ndarray] = []
-    worlds.envs.step = lambda actions: taken.append(actions.copy()) or step(actions)
-    fork.collect(state.agent, worlds, rollout, state.generator)
+def test_the_unsquashed_action_is_stored_and_the_squashed_one_taken(fork, args, monkeypatch):
+    taken, ask = [], fork.Worlds.ask
+    monkeypatch.setattr(fork.Worlds, "ask", lambda self, method, *x, **y: taken.extend(x) or ask(self, method, *x, **y))
+    rollout, worlds = collected(fork, untrained(fork, args), args, 128, 8)
+    space = worlds.envs.single_action_space
     assert rollout.actions.abs().max() > 2
     within = (np.array(taken) - space.low) / (space.high - space.low) * 2 - 1  # from -1 to 1
     np.testing.assert_allclose(within, rollout.actions.tanh(), atol=1e-5)
 
 
 @only("squashed")
-def test_the_ends_of_a_box_are_met_exactly(fork):
+def test_the_ends_of_a_box_are_met_exactly_and_none_is_stretched_to_infinity(fork):
     space = gym.spaces.Box(np.float32([-0.1, 0.7, -3]), np.float32([0.3, 0.9, 1e3]))
-    assert fork.to_env(torch.full((3,), 50.0), space).tolist() == space.high.tolist()
-    assert fork.to_env(torch.full((3,), -50.0), space).tolist() == space.low.tolist()
+    for u, bound in (50.0, space.high), (-50.0, space.low):
+        assert fork.to_env(torch.full((3,), u), fork.describe_action(space, True)).tolist() == bound.tolist()
+    half = fork.describe_action(gym.spaces.Box(0, np.inf, (1,)), True)
+    assert fork.to_env(torch.tensor([50.0]), half).item() == 1
 
 
 # Random network distillation
 
 
-@pytest.fixture
-def untrained(fork, run):
-    return fork.new_state(fork.load_args(run)).agent
-
-
 @only("distillation")
-def test_the_target_stays_where_it_was_and_the_predictor_learns_it(fork, run, untrained):
-    agent = fork.Agent.from_pretrained(run, strict=True)
-    target, before = (x.rnd.target.state_dict() for x in (agent, untrained))
+def test_the_target_stays_where_it_was_and_the_predictor_learns_it(fork, args, run):
+    agents = untrained(fork, args), fork.Agent.from_pretrained(run, strict=True)
+    before, target = (agent.rnd.target.state_dict() for agent in agents)
     assert all(x.equal(before[key]) for key, x in target.items())
-    state = fork.new_state(fork.load_args(run))
-    rollout = fork.empty_rollout(agent, 64, 8)
-    fork.collect(agent, fork.Worlds(fork.Args(), fork.seeds(9, n=8)), rollout, state.generator)
-    errors = [x.rnd(rollout.obs).mean().item() for x in (untrained, agent)]
+    rollout, _ = collected(fork, agents[1], fork.Args(), 64, 8, seed=9)
+    errors = [agent.rnd(rollout.obs).mean().item() for agent in agents]
     assert errors[1] < errors[0] / 20
 
 
 @only("distillation")
-def test_the_intrinsic_return_does_not_end_with_an_episode(fork, untrained):
+def test_the_intrinsic_return_does_not_end_with_an_episode(fork):
     """Against both sums written out, for a rollout with many ends."""
     T, N, gamma, gae_lambda = 48, 2, 0.9, 0.8
     args = fork.Args(num_steps=T, num_envs=N, gamma=gamma, gae_lambda=gae_lambda)
-    rollout = fork.empty_rollout(untrained, T, N)
-    fork.collect(untrained, fork.Worlds(args, fork.seeds(1, n=N)), rollout, torch.Generator().manual_seed(1))
+    agent = untrained(fork, args)
+    rollout, _ = collected(fork, agent, args, T, N)
     with torch.no_grad():
-        batch, values = fork.estimate(untrained, rollout, args), untrained.critic(rollout.obs)
-        guess, truth = untrained.rnd.predictor(rollout.obs), untrained.rnd.target(rollout.obs)
+        batch, values = fork.estimate(agent, rollout, args), agent.critic(rollout.obs)
+        guess, truth = agent.rnd.predictor(rollout.obs), agent.rnd.target(rollout.obs)
     rewards, terminated, done = (torch.tensor(x) for x in (rollout.rewards, rollout.terminated, rollout.done))
     assert done.sum() >= 4
 
@@ -385,7 +407,7 @@ def test_a_reward_that_is_far_away_is_found_and_without_it_is_not(seed, fork, mo
 def test_its_gradient_is_that_of_equation_8(fork):
     """Each of two actions, equally likely before, is in the batch once: the mean over them is the expectation."""
     torch.manual_seed(1)
-    agent = fork.Agent([3], [], [2], hidden_sizes=[8])
+    agent = agent_of(fork, (3,), TWO, hidden_sizes=[8])
     with torch.no_grad():
         agent.actor[-1].weight.mul_(100)  # far from where it was
     agent.beta.fill_(3)
@@ -411,30 +433,28 @@ def test_beta_is_halved_below_its_band_and_doubled_above(kl, factor, flags, fork
     d_targ = flags.get("target_kl", 0.01)
     monkeypatch.setattr(fork, "approx_kl", lambda logratio: torch.tensor(kl * d_targ))
     args = fork.Args(total_timesteps=192, num_envs=2, num_steps=32, validation_episodes=0, run_name="it", **flags)
-    fork.train(args)
-    assert fork.load_checkpoint(RUN)["agent"]["beta"].item() == factor**3
+    assert fork.train(args).agent.beta.item() == factor**3
 
 
 @only("kl_penalty")
 def test_beta_brings_the_divergence_to_its_target_and_is_in_the_checkpoints(fork, run):
     divergences = np.array([value for _, value in scalars(run)["losses/approx_kl"]])
     assert 0.001 / 2 < np.exp(np.log(divergences[3:-3]).mean()) < 0.001 * 2
-    checkpoints = sorted(run.glob("checkpoint-*.pt"))
-    before, after = (torch.load(path, weights_only=True)["agent"]["beta"] for path in checkpoints)
+    before, after = (checkpoint(path)["agent"]["beta"] for path in sorted(run.glob("checkpoint-*.pt")))
     assert before > 1 and before != after
 
 
-# What the README says of them
+# What the details say of them
 
 
-def test_the_readme_counts_them_right(folder_of):
-    counts = re.findall(r"\[(\d+) lines in (\d+) places\]\(tests/forks/(\w+)\.diff\)", README)
+def test_the_details_count_them_right(folder_of):
+    counts = re.findall(r"\[(\d+) lines in (\d+) places\]\(../../tests/forks/(\w+)\.diff\)", DETAILS)
     assert {name: (int(places), int(lines)) for lines, places, name in counts} == {
         name: size(folder_of(name)) for name in LIMITS
     }
 
 
-def test_the_readme_shows_one_as_it_is():
-    (shown,) = re.findall(r"^```diff\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def test_the_details_show_one_as_it_is():
+    (shown,) = re.findall(r"^```diff\n(.*?)^```$", DETAILS, re.DOTALL | re.MULTILINE)
     _, _, *lines = (FORKS / "kl_penalty.diff").read_text().splitlines()
     assert [line for line in shown.splitlines() if line[0] != "@"] == [line for line in lines if line[0] in "+-"]

@@ -6,13 +6,11 @@ where "sentinel" turns up, something has leaked."""
 import json
 import os
 import pickle
-import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -25,12 +23,13 @@ from safetensors.torch import load, save
 
 import ppo
 
-FILES = ["hyperparameters.json", "config.json", "model.safetensors"]  # all that playing needs
+FILES = ["config.json", "model.safetensors"]  # all that playing needs
 SITECUSTOMIZE = "import socket; socket.gethostname = lambda: 'sentinel-host'"
 EVILMOD = "from pathlib import Path; Path(__file__).with_name('imported').touch()"
 CALLS = """
-import contextlib, io, json, os, signal, sys, traceback
+import contextlib, io, json, os, resource, signal, sys, traceback
 import ppo
+resource.setrlimit(resource.RLIMIT_DATA, (2**33, 2**33))
 signal.signal(signal.SIGALRM, signal.default_int_handler)
 for line in sys.stdin:
     argv, token = json.loads(line)
@@ -49,9 +48,9 @@ LOAD = """
 import json, sys
 import ppo
 from huggingface_hub import ModelCard
-repo, folder = sys.argv[1:]
+repo = sys.argv[1]
 agent = ppo.Agent.from_pretrained(repo, strict=True)
-returns, _ = ppo.evaluate(agent, ppo.load_args(ppo.Path(folder)), 4)
+returns, _ = ppo.evaluate(agent, agent.settings, 4)
 print(json.dumps([returns.tolist(), ModelCard.load(repo).data.eval_results[0].metric_value]))
 """
 
@@ -157,8 +156,8 @@ def stranger(pushed, hub):
 
 @pytest.fixture
 def settings(hub, pushed):
-    """hyperparameters.json of the pushed policy with some of them changed, as bytes."""
-    original = json.loads(hub.files("tester/cartpole")["hyperparameters.json"])
+    """config.json of the pushed policy with some of it changed, as bytes."""
+    original = json.loads(hub.files("tester/cartpole")["config.json"])
     return lambda changes: json.dumps(original | changes).encode()
 
 
@@ -195,10 +194,10 @@ def assert_refused(result, *words, code=2):
 
 
 def test_one_command_trains_records_and_pushes_in_a_single_commit(pushed, hub):
-    files = [re.sub(r"tfevents\.[\d.]+$", "tfevents", name) for name in hub.files("tester/cartpole")]
+    files = [re.sub(r"tfevents\.\d+\.localhost\..+", "tfevents", name) for name in hub.files("tester/cartpole")]
     assert sorted(files) == sorted([
-        "README.md", "config.json", "model.safetensors", "hyperparameters.json", "results.json", "replay.mp4",
-        "curve.png", "ppo.py", "requirements.txt", *["events.out.tfevents"] * 2,
+        "README.md", "config.json", "model.safetensors", "results.json", "replay.mp4", "curve.png", "ppo.py",
+        "requirements.txt", "events.out.tfevents",
     ])  # fmt: skip
     assert [commit["message"] == "initial commit" for commit in hub.repos["tester/cartpole"]] == [True, False]
     assert f"pushed: {hub.url}/tester/cartpole" in pushed.stdout
@@ -228,7 +227,7 @@ def test_a_second_push_replaces_logs_and_video_and_leaves_nothing_stale(client, 
     folder, repo_id = world.work / run, f"tester/{run.name}"
     (folder / "replay.mp4").write_bytes(b"a video")
     client("--push", run, "--repo-id", repo_id)
-    old, _ = sorted(folder.glob("*tfevents*"))
+    (old,) = sorted(folder.glob("*tfevents*"))
     old.rename(folder / "events.out.tfevents.1900000000.1.0")
     (folder / "replay.mp4").write_bytes(video) if video else (folder / "replay.mp4").unlink()
     code, _, err = client("--push", run, "--repo-id", repo_id)
@@ -297,17 +296,14 @@ def test_the_cards_metadata_is_what_leaderboards_read(card, results):
     assert evaluation.metric_value == f"{results['mean_reward']:.2f} +/- {results['std_reward']:.2f}"
 
 
-def test_the_cards_text_says_what_was_measured_and_where(card, results, world):
-    args = ppo.load_args(world.runs / "first")
+def test_the_cards_text_says_what_was_measured_and_how_to_play_and_train_it(card, results, pushed):
+    assert results["command"] == shlex.join(["python", "ppo.py", *pushed.args[2:]])
     for words in (
-        f"{results['mean_reward']:.2f} +/- {results['std_reward']:.2f}",
-        f"{results['other_mean_reward']:.2f} +/- {results['other_std_reward']:.2f}",
-        "greedy", "sampled", "episodes", f"seed {args.seed}",
-        f"torch {torch.__version__}", platform.machine(),
-        ppo.training_command(args),
-        "python ppo.py --evaluate tester/cartpole",
+        f"**{results['mean_reward']:.2f} +/- {results['std_reward']:.2f}** over 4 greedy episodes",
+        f"{results['global_step']:,} steps", f"{results['training_seconds']:.0f} seconds",
+        f"\n{results['command']}  # train it again\n", "\nuv run ppo.py --evaluate tester/cartpole ",
+        "\nhf download tester/cartpole ppo.py --local-dir .\n", "deterministic=True",
         'Agent.from_pretrained("tester/cartpole", strict=True)',
-        f"| `--learning-rate` | {args.learning_rate} |",
     ):  # fmt: skip
         assert words in card.text
 
@@ -320,26 +316,14 @@ def test_the_picture_on_the_card_is_in_the_repo(card, hub):
 @pytest.mark.parametrize("env_id, mean, value", [
     ("ALE/Pong-v5", -20.5, "-20.50 +/- 1.50"), ("my_module:MyEnv-v0", 0.0, "0.00 +/- 1.50"),
 ])  # fmt: skip
-def test_the_cards_metadata_holds_any_id_and_score(pushed, world, results, env_id, mean, value):
-    args = replace(ppo.load_args(world.runs / "first"), env_id=env_id)
-    text = ppo.model_card(args, world.runs / "first", "tester/it", results | {"mean_reward": mean, "std_reward": 1.5})
+def test_the_cards_metadata_holds_any_id_and_score(results, env_id, mean, value):
+    text = ppo.model_card(ppo.Args(env_id), "tester/it", results | {"mean_reward": mean, "std_reward": 1.5})
     data = ModelCard(text).data
     assert data.model_name == f"PPO-{env_id}" and data.tags[0] == env_id
     (evaluation,) = data.eval_results
     assert (evaluation.dataset_type, evaluation.dataset_name) == (env_id, env_id)
     assert evaluation.metric_value == value
-
-
-@pytest.mark.parametrize("env_id, changes", [
-    ("Pendulum-v1", {"logstd_init": -0.5, "target_kl": 0.03, "anneal_lr": False, "norm_obs": True}),
-    ("FrozenLake-v1", {"env_kwargs": {"is_slippery": False, "map_name": "8x8", "size": 4, "rate": 0.5}}),
-    ("ALE/Pong-v5", {"env_kwargs": {"repeat_action_probability": 0.25}, "clip_reward": False}),
-    ("LunarLander-v3", {"learning_rate": 1e-5, "hidden_sizes": (32, 16, 8), "activation": "tanh"}),
-    ("LunarLander-v3", {"hidden_sizes": (), "exp_name": "two words"}),
-], ids=["numbers", "env_kwargs", "preset's env_kwargs", "layers", "no layers"])  # fmt: skip
-def test_the_training_command_trains_with_the_very_same_settings(env_id, changes):
-    args = replace(ppo.parse_args(["--env-id", env_id]), **changes)
-    assert ppo.parse_args(shlex.split(ppo.training_command(args))[2:]) == args
+    assert ("--env-id my_module:MyEnv-v0 " in text) == (":" in env_id)  # or it would not be trusted
 
 
 # Play
@@ -348,18 +332,6 @@ def test_the_training_command_trains_with_the_very_same_settings(env_id, changes
 def test_a_pushed_policy_scores_what_it_scored_before_the_push(pushed, client):
     code, out, err = client("--evaluate", "tester/cartpole", "--eval-episodes", 4)
     assert (code, score(out)) == (0, score(pushed.stdout)), err
-
-
-def test_a_policy_plays_the_episodes_of_the_vectorization_it_was_scored_with(
-    pushed, client, run, stranger, settings, world
-):
-    data = settings({"vectorization": "sync"})
-    (world.work / run / "hyperparameters.json").write_bytes(data)
-    own, (code, out, err) = (
-        client("--evaluate", name, "--eval-episodes", 4) for name in (run, stranger(hyperparameters__json=data))
-    )
-    assert (code, score(out)) == (0, score(own[1])), err
-    assert score(out) != score(pushed.stdout)  # native environments have other seeds
 
 
 def test_a_revision_is_played_as_it_was(pushed, client, hub, stranger):
@@ -379,7 +351,7 @@ def test_all_files_played_are_of_one_commit(take, hub, stranger):
 
 
 def test_agent_and_card_load_from_the_repo(pushed, results, world):
-    process = subprocess.run([sys.executable, "-c", LOAD, "tester/cartpole", "runs/first"], cwd=world.work, check=True,
+    process = subprocess.run([sys.executable, "-c", LOAD, "tester/cartpole"], cwd=world.work, check=True,
                              capture_output=True, env={**os.environ, **world.env})  # fmt: skip
     returns, value = json.loads(process.stdout)
     assert returns == results["episode_returns"]
@@ -421,17 +393,16 @@ def test_a_video_that_cannot_be_made_costs_the_video_only(elsewhere):
     elsewhere.env["IMAGEIO_FFMPEG_EXE"] = str(encoder)
     process = command(*QUICK, "--repo-id", "tester/blind", "--capture-video", env=elsewhere.env, cwd=elsewhere.work)
     assert process.returncode == 0, process.stderr
-    assert re.search(r"^warning: no video: .+$", process.stderr, re.MULTILINE)
-    assert "COMMAND" not in process.stderr and "sentinel" not in process.stderr  # no pages from the encoder
+    assert re.search(r"^warning: no video: .{1,350}$", process.stderr, re.MULTILINE)  # no pages from the encoder
+    assert "sentinel" not in process.stderr
     files = elsewhere.hub.files("tester/blind")
     assert "replay.mp4" not in files and {"README.md", "model.safetensors", "results.json"} <= set(files)
 
 
 @pytest.fixture
-def resumed(client, run, world, settings):
+def resumed(client, run, world):
     """A run interrupted before its last iteration, resumed by its absolute path and not pushed: two event files."""
     folder = world.work / run
-    (folder / "hyperparameters.json").write_bytes(settings({"repo_id": None}))
     max(folder.glob("checkpoint-*")).unlink()
     (folder / "results.json").unlink()
     code, _, err = client("--resume", folder)
@@ -439,11 +410,9 @@ def resumed(client, run, world, settings):
     return folder
 
 
-def test_renamed_logs_keep_their_time_and_read_in_order(resumed, world):
+def test_logs_of_a_resumed_run_read_in_order_and_say_each_step_once(resumed, world):
     names = sorted(path.name for path in resumed.glob("*tfevents*"))
-    times = [int(re.fullmatch(r"events\.out\.tfevents\.(\d{10})\.\d+\.\d+", name)[1]) for name in names]
-    assert len(names) == 4 and times == sorted(times)
-    assert names[0] in os.listdir(world.runs / "first")
+    assert len(names) == 2 and names[0] in os.listdir(world.runs / "first")
     steps = [step for step, _ in scalars(resumed)["losses/policy_loss"]]
     assert len(steps) == 4 and steps == sorted(set(steps))
 
@@ -460,16 +429,6 @@ def test_nothing_written_pushed_or_printed_names_token_host_user_or_home(pushed,
 
 def test_a_run_resumed_by_its_absolute_path_does_not_tell_it(resumed):
     assert not [name for name, data in files_in(resumed).items() if "sentinel" in name or b"sentinel" in data]
-
-
-def test_a_log_left_by_a_killed_process_is_pushed_without_its_host(client, hub, world):
-    folder, repo_id = world.runs / "killed", "tester/killed"
-    folder.mkdir()
-    (folder / "events.out.tfevents.1700000000.sentinel-host.lan.7.0").touch()
-    code, _, err = client(*QUICK, "--run-name", "killed", "--repo-id", repo_id)
-    assert code == 0, err
-    assert "events.out.tfevents.1700000000.7.0" in hub.files(repo_id)
-    assert not [name for name in hub.files(repo_id) if "sentinel" in name]
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -523,7 +482,7 @@ def test_a_run_whose_push_failed_is_kept_and_pushed_by_the_printed_command(clien
     retry = f"python ppo.py --push runs/{name} --repo-id tester/{name}"
     assert code == 1 and "Traceback" not in err
     assert err.splitlines()[-1].startswith("error: ") and err.strip().endswith(retry)
-    assert {"model.safetensors", "results.json", "README.md"} <= set(os.listdir(world.runs / name))
+    assert {"model.safetensors", "results.json", "ppo.py"} <= set(os.listdir(world.runs / name))
     assert hub.files(f"tester/{name}") == {}
     hub.heal()
     code, _, err = client(*shlex.split(retry)[2:])
@@ -552,7 +511,7 @@ def test_a_file_missing_from_a_run_is_named(take, run, world, file):
 ], ids=["truncated", "bad header", "empty", "a pickle"])  # fmt: skip
 def test_damaged_weights_are_refused(take, hub, stranger, damage):
     repo_id = stranger(model__safetensors=damage(hub.files("tester/cartpole")["model.safetensors"]))
-    assert_refused(take(repo_id), "refused", repo_id)
+    assert_refused(take(repo_id), repo_id)
 
 
 # Strangers
@@ -576,7 +535,7 @@ def test_a_pickle_is_never_opened(take, stranger, world):
 
 
 def test_a_module_is_imported_only_if_the_user_names_it(client, stranger, settings, world):
-    repo_id = stranger(hyperparameters__json=settings({"env_id": "evilmod:CartPole-v1"}))
+    repo_id = stranger(config__json=settings({"env_id": "evilmod:CartPole-v1"}))
     before = sorted(world.runs.iterdir())
     for flag in "--evaluate", "--init-from":
         assert_refused(client(flag, repo_id), repo_id, "'evilmod:CartPole-v1'", "--env-id")
@@ -588,30 +547,30 @@ def test_a_module_is_imported_only_if_the_user_names_it(client, stranger, settin
 
 @pytest.mark.parametrize("changes, why", [
     ({"backdoor": 1}, "backdoor"),
-    ({"push": "runs/first"}, "push"),
+    ({"push": "runs/first", "repo_id": "tester/leak"}, "'push'"),
+    ({"repo_id": "tester/leak"}, "'repo_id'"),
+    ({"track": True}, "'track'"),
     ({"env_id": "NoSuchEnv-v0"}, "'NoSuchEnv-v0'"),
     ({"env_id": "CartPole"}, "'CartPole'"),
     ({"env_id": "../CartPole-v1"}, "'../CartPole-v1'"),
     ({"env_id": ["CartPole-v1"]}, "env_id"),
     ({"env_kwargs": {"xml_file": "/etc/passwd"}}, "xml_file"),
     ({"env_kwargs": {"is_slippery": [0]}}, "env_kwargs"),
-    ({"env_id": "FrozenLake-v1", "env_kwargs": {"is_slippery": float("nan")}}, "env-kwargs"),
     ({"seed": "1"}, "seed"),
     ({"seed": True}, "seed"),
     ({"norm_obs": 1}, "norm_obs"),
     ({"activation": "exec"}, "activation"),
-    ({"hidden_sizes": 64}, "hidden_sizes"),
+    ({"hidden_sizes": 64}, "loading"),
     ({"hidden_sizes": [64.5]}, "hidden_sizes"),
-    ({"hidden_sizes": [10**12]}, "--hidden-sizes"),
-    ({"hidden_sizes": [65536] * 1000}, ""),
+    ({"hidden_sizes": [10**12]}, "actor.0.weight"),
+    ({"hidden_sizes": [65536] * 1000}, "loading"),
     ({"logstd_init": float("nan")}, "logstd-init"),
     ({"gamma": float("inf")}, "gamma"),
-    ({"learning_rate": 10**400}, "learning"),
-    ({"num_envs": 2**62, "num_minibatches": 3}, "--num-envs"),
+    ({"learning_rate": 10**400}, "loading"),
 ], ids=lambda value: json.dumps(value)[1:40] if isinstance(value, dict) else None)  # fmt: skip
 def test_strange_settings_are_refused(take, stranger, settings, changes, why):
-    repo_id = stranger(hyperparameters__json=settings(changes))
-    assert_refused(take(repo_id), "refused", repo_id, why)
+    repo_id = stranger(config__json=settings(changes))
+    assert_refused(take(repo_id), why)
 
 
 @pytest.mark.parametrize("changes, why", [
@@ -619,24 +578,32 @@ def test_strange_settings_are_refused(take, stranger, settings, changes, why):
     ({"env_kwargs": {"is_slippery": False}}, "is_slippery"),
 ], ids=["without its package", "with arguments it does not take"])  # fmt: skip
 def test_an_environment_that_cannot_be_made_is_refused(take, stranger, settings, changes, why):
-    repo_id = stranger(hyperparameters__json=settings(changes))
+    repo_id = stranger(config__json=settings(changes))
     assert_refused(take(repo_id), changes.get("env_id", "CartPole-v1"), why)
 
 
-@pytest.mark.parametrize("data", [b"[]", b"{", b"\xff", b"[" * 60_000, b'"' + b"x" * 60_000 + b'"'],
+@pytest.mark.parametrize("data", [b'["action"]', b"{", b"\xff", b"[" * 60_000, b'"' + b"action" * 9_999 + b'"'],
                          ids=["list", "cut off", "no UTF-8", "too deep", "string"])  # fmt: skip
-@pytest.mark.parametrize("file", ["hyperparameters.json", "config.json"])
-def test_strange_json_is_refused(take, stranger, file, data):
-    repo_id = stranger(**{file.replace(".", "__"): data})
-    assert_refused(take(repo_id), "refused", repo_id, file)
+def test_strange_json_is_refused(take, stranger, data):
+    repo_id = stranger(config__json=data)
+    assert_refused(take(repo_id), f"loading {repo_id}")
 
 
-@pytest.mark.parametrize("changes", [{"hidden_sizes": [128, 64]}, {"activation": "relu"}, {"backdoor": 1}],
-                         ids=lambda changes: next(iter(changes)))  # fmt: skip
-def test_a_config_that_does_not_fit_the_settings_is_refused(take, hub, stranger, changes):
-    config = json.loads(hub.files("tester/cartpole")["config.json"]) | changes
-    repo_id = stranger(config__json=json.dumps(config).encode())
-    assert_refused(take(repo_id), "refused", repo_id, "config.json")
+def test_an_agent_of_another_edition_is_refused_and_told_what_plays_it(take, stranger):
+    repo_id = stranger(config__json=b'{"obs_shape": [4], "action_shape": [], "nvec": [2], "hidden_sizes": [64, 64]}')
+    assert_refused(take(repo_id), repo_id, "is of another edition: use the ppo.py beside it")
+
+
+PART = {"path": [], "kind": "numbers", "shape": [4]}
+
+
+@pytest.mark.parametrize("changes", [
+    {"hidden_sizes": [128, 64]}, {"parts": [PART | {"shape": [5]}]}, {"parts": [PART, PART]}, {"parts": 4},
+    {"action": {"shape": [], "nvec": [3], "start": [0]}}, {"action": {}}, {"masks": "info"},
+], ids=lambda changes: json.dumps(changes)[1:40])  # fmt: skip
+def test_a_config_that_does_not_fit_weights_or_environment_is_refused(take, stranger, settings, changes):
+    repo_id = stranger(config__json=settings(changes))
+    assert_refused(take(repo_id), f"loading {repo_id}")
 
 
 NAME = "actor.0.weight"
@@ -654,7 +621,7 @@ def test_strange_weights_are_refused(take, hub, stranger, tamper, why):
     tensors = load(hub.files("tester/cartpole")["model.safetensors"])
     tensors |= tamper(tensors)
     repo_id = stranger(model__safetensors=save({k: v for k, v in tensors.items() if v is not None}))
-    assert_refused(take(repo_id), "refused", repo_id, why)
+    assert_refused(take(repo_id), f"loading {repo_id}", why)
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -665,7 +632,7 @@ def test_a_huge_file_is_refused_before_it_is_downloaded(take, hub, stranger, fil
     assert not [path for method, path in hub.log if method == "GET" and re.match(f"/{repo_id}/.*/{file}", path)]
 
 
-@pytest.mark.parametrize("name", ["../x", "tester/..", "tester/../x", "tester/x@", "/x/y", "tester/x y"])
+@pytest.mark.parametrize("name", ["../x", "tester/..", "tester/../x", "/x/y", "tester/x y"])
 def test_a_name_that_is_no_repos_is_not_asked_for(take, hub, name):
     before = len(hub.log)
     assert_refused(take(name), name)

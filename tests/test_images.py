@@ -1,4 +1,4 @@
-"""Worlds of images: every kind is learned; precision changes the speed alone; stacked frames keep to their episode."""
+"""Worlds of images: every kind is learned; bfloat16 changes the speed alone; stacked frames keep to their episode."""
 
 import copy
 import json
@@ -15,6 +15,12 @@ from gymnasium.spaces import Box, Dict, Discrete, Tuple
 import ppo
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch):
+    """Until a run chooses its device."""
+    monkeypatch.setattr(ppo.CNN, "in_bfloat16", False)
 
 
 class Pixel(gym.Env):
@@ -77,8 +83,8 @@ def learn(steps, kind, run_name="run", env_kwargs=None, **kwargs):
     settings = {"vectorization": "sync"} | SETTINGS | kwargs
     args = ppo.Args("images/Pixel-v0", {"kind": kind, **(env_kwargs or {})}, total_timesteps=steps, run_name=run_name,
                     **settings)  # fmt: skip
-    run = ppo.train(args)
-    return run, args, ppo.load_agent(run, args)
+    state = ppo.train(args)
+    return state, args, ppo.load_agent(str(args.run), args)
 
 
 def score(agent, args):
@@ -92,7 +98,8 @@ def score(agent, args):
 @pytest.mark.parametrize("kind", ["bytes", "bools", "floats", "codes", "Dict", "Tuple"])
 @pytest.mark.parametrize("last", [True, False], ids=["channels last", "channels first"])
 def test_small_images_of_every_kind_are_learned(kind, last):
-    _, args, agent = learn(30_000, kind, env_kwargs={"last": last, "size": 8}, hidden_sizes=(128,), activation="relu")
+    network = {"hidden_sizes": (128,), "activation": "relu"}
+    _, args, agent = learn(30_000, kind, env_kwargs={"last": last, "size": 8}, anneal_lr=True, **network)
     assert score(agent, args) > 0.97
 
 
@@ -112,7 +119,7 @@ def test_stacked_frames_tell_what_one_frame_does_not(vectorization):
     _, args, agent = learn(40_000 if vectorization == "sync" else 8_192, "moving", frame_stack=2, **world)
     if vectorization == "sync":
         assert score(agent, args) > 0.9
-    assert agent.obs_shape == [2, 8, 8, 3]
+    assert agent.parts[0]["shape"] == [2, 8, 8, 3]
 
 
 def test_a_single_frame_does_not_tell_what_stacked_ones_do():
@@ -126,27 +133,30 @@ def test_a_single_frame_does_not_tell_what_stacked_ones_do():
 @pytest.mark.parametrize(
     "space, parts",
     [
-        (Box(-1, 1, (4,)), None),
-        (Discrete(3), None),
-        (Box(0, 1, (10, 10, 4), np.bool_), [["floats", [10, 10, 4]]]),
-        (Box(0, 1, (4, 4, 4), np.bool_), None),
-        (Box(0, 255, (128,), np.uint8), None),
-        (Box(0, 255, (7, 7, 3), np.uint8), [["bytes", [7, 7, 3]]]),
-        (Box(0, 255, (4, 7), np.uint8), None),
-        (Box(0, 255, (84, 84), np.uint8), [["bytes", [84, 84]]]),
-        (Box(0, 255, (4, 84, 84), np.uint8), [["bytes", [4, 84, 84]]]),
-        (Box(0, 255, (120, 160, 3), np.uint8), [["bytes", [120, 160, 3]]]),
-        (Box(0, 1, (40, 44, 3), np.float32), [["floats", [40, 44, 3]]]),
-        (Box(0, 1, (3, 40, 44), np.bool_), [["floats", [3, 40, 44]]]),
-        (Box(-1, 1, (40, 44, 3), np.float32), None),
-        (Dict(a=Box(-1, 1, (2,)), b=Discrete(3)), None),
-        (Dict(a=Box(0, 255, (36, 36, 3), np.uint8), b=Discrete(3)), [["bytes", [36, 36, 3]], ["floats", [3]]]),
-        (Tuple([Discrete(2), Box(0, 255, (8, 8, 3), np.uint8)]), [["floats", [2]], ["bytes", [8, 8, 3]]]),
+        (Box(-1, 1, (4,)), [("numbers", [4])]),
+        (Discrete(3), [("choices", [])]),
+        (Box(0, 1, (10, 10, 4), np.bool_), [("pixels", [10, 10, 4], 1)]),
+        (Box(0, 1, (4, 4, 4), np.bool_), [("numbers", [4, 4, 4])]),
+        (Box(0, 255, (128,), np.uint8), [("numbers", [128])]),
+        (Box(0, 255, (7, 7, 3), np.uint8), [("pixels", [7, 7, 3], 255)]),
+        (Box(0, 255, (4, 7), np.uint8), [("numbers", [4, 7])]),
+        (Box(0, 255, (84, 84), np.uint8), [("pixels", [84, 84], 255)]),
+        (Box(0, 255, (4, 84, 84), np.uint8), [("pixels", [4, 84, 84], 255)]),
+        (Box(0, 255, (120, 160, 3), np.uint8), [("pixels", [120, 160, 3], 255)]),
+        (Box(0, 1, (40, 44, 3), np.float32), [("pixels", [40, 44, 3], 1)]),
+        (Box(0, 1, (3, 40, 44), np.bool_), [("pixels", [3, 40, 44], 1)]),
+        (Box(-1, 1, (40, 44, 3), np.float32), [("pixels", [40, 44, 3], 1)]),
+        (Box(-9, 255, (40, 44, 3), np.float32), [("pixels", [40, 44, 3], 255)]),
+        (Box(-np.inf, 1, (40, 44, 3), np.float32), [("numbers", [40, 44, 3])]),
+        (Dict(a=Box(-1, 1, (2,)), b=Discrete(3)), [("numbers", [2]), ("choices", [])]),
+        (Dict(a=Box(0, 255, (36, 36, 3), np.uint8), b=Discrete(3)), [("pixels", [36, 36, 3], 255), ("choices", [])]),
+        (Tuple([Discrete(2), Box(0, 255, (8, 8, 3), np.uint8)]), [("choices", []), ("pixels", [8, 8, 3], 255)]),
     ],
     ids=str,
 )
 def test_an_observation_is_taken_apart_as_its_space_says(space, parts):
-    assert ppo.obs_parts(space) == parts
+    found = [(part["kind"], part["shape"], part.get("white")) for part in ppo.describe(space)]
+    assert found == [(*part, None)[:3] for part in parts]
 
 
 @pytest.mark.parametrize("shape", [(4, 40, 44), (40, 44, 4), (2, 40, 44, 2), (2, 2, 40, 44)], ids=str)
@@ -164,38 +174,41 @@ def test_every_order_of_channels_becomes_channels_first(shape):
     assert ppo.channels_first(batch, list(shape)).equal(torch.as_tensor(np.stack([images, images + 1])))
 
 
+def fresh(space):
+    return ppo.Agent(ppo.describe(space), ppo.describe_action(Discrete(6), True), hidden_sizes=[])
+
+
 def test_the_parts_of_a_row_go_to_their_own_networks():
     torch.manual_seed(0)
-    parts = [["bytes", [36, 36, 3]], ["floats", [5]], ["bytes", [7, 7, 3]]]
-    agent = ppo.Agent([36 * 36 * 3 + 5 + 147], [], [4], parts=parts, hidden_sizes=[8])
+    agent = fresh(Tuple([Box(0, 255, (36, 36, 3), np.uint8), Box(-1, 1, (5,)), Box(0, 255, (7, 7, 3), np.uint8)]))
     image, numbers = torch.randint(0, 256, (6, 36, 36, 3)).float(), torch.randn(6, 5)
     small = torch.randint(0, 9, (6, 7, 7, 3)).float()
     features = agent.encode(torch.cat([image.flatten(1), numbers, small.flatten(1)], 1))
-    torch.testing.assert_close(features[:, :512], agent.trunk[0](image))
+    torch.testing.assert_close(features[:, :512], agent.trunk[0](image.flatten(1)))
     assert features[:, 512:517].equal(numbers)
-    torch.testing.assert_close(features[:, 517:], agent.trunk[2](small))
+    torch.testing.assert_close(features[:, 517:], agent.trunk[2](small.flatten(1)))
 
 
 def test_small_bytes_are_seen_as_brightnesses_and_as_numbers_of_things():
-    cnn, seen = ppo.CNN("bytes", [5, 6, 2], "float32"), []
+    cnn, seen = ppo.CNN(*ppo.describe(Box(0, 255, (5, 6, 2), np.uint8))), []
     cnn[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
     image = torch.randint(0, 256, (3, 5, 6, 2), dtype=torch.uint8)
     image[0] %= 16
-    cnn(image)
+    assert cnn(image.flatten(1)).shape == (3, 128)
     shown, plain = seen[0].unflatten(1, (2, 16)), image.movedim(-1, 1)
     for number in range(1, 16):
         assert shown[:, :, number - 1].equal((plain == number).float())
     torch.testing.assert_close(shown[:, :, 15], plain / 255)
-    assert cnn(image).shape == (3, 128)
 
 
-@pytest.mark.parametrize("shape", [[36, 36, 3], [4, 84, 84]], ids=str)
-def test_bytes_are_scaled_and_floats_are_not(shape):
+@pytest.mark.parametrize("white", [1, 5, 255])
+@pytest.mark.parametrize("shape", [(36, 36, 3), (4, 84, 84)], ids=str)
+def test_pixels_are_divided_by_the_white_of_their_space(shape, white):
     torch.manual_seed(0)
-    by_bytes, by_floats = (ppo.CNN(kind, shape, "float32") for kind in ("bytes", "floats"))
+    by_bytes, by_floats = (ppo.CNN(*ppo.describe(b)) for b in (Box(0, 255, shape, np.uint8), Box(0, white, shape)))
     by_floats.load_state_dict(by_bytes.state_dict())
-    image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
-    torch.testing.assert_close(by_bytes(image), by_floats(image.float() / 255))
+    image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8).flatten(1)
+    torch.testing.assert_close(by_bytes(image), by_floats(image.float() * (white / 255)))
 
 
 # Stacked frames
@@ -222,8 +235,7 @@ gym.register("images/Counter-v0", Counter)
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_the_first_frames_of_an_episode_show_nothing_of_the_last_one(vectorization):
-    # It counts its resets, and to look for masks takes one
-    args = ppo.Args("images/Counter-v0", vectorization=vectorization, frame_stack=3, action_masks=False)
+    args = ppo.Args("images/Counter-v0", vectorization=vectorization, frame_stack=3)
     worlds, seen = ppo.Worlds(args, [1, 2]), []
     for _ in range(12):
         seen.append(worlds.obs[0].astype(int).tolist())
@@ -233,8 +245,7 @@ def test_the_first_frames_of_an_episode_show_nothing_of_the_last_one(vectorizati
     assert seen[:10] == first + [[10 + x for x in frame] for frame in first]
 
 
-@pytest.mark.parametrize("env_id, vectorization", [("CartPole-v1", "native"), ("CartPole-v1", "envpool"),
-                                                   ("ALE/Pong-v5", "auto")])  # fmt: skip
+@pytest.mark.parametrize("env_id, vectorization", [("CartPole-v1", "envpool"), ("ALE/Pong-v5", "auto")])
 def test_frames_that_cannot_be_stacked_are_refused_in_one_line(env_id, vectorization, main):
     code, _, err = main("--env-id", env_id, "--vectorization", vectorization, "--frame-stack", 4)
     assert (code, err.count("\n")) == (2, 1)
@@ -242,8 +253,8 @@ def test_frames_that_cannot_be_stacked_are_refused_in_one_line(env_id, vectoriza
 
 
 def test_auto_takes_environments_whose_frames_can_be_stacked():
-    envs, obs, _ = ppo.make_envs(ppo.Args(frame_stack=2), [1, 2])
-    assert isinstance(envs.unwrapped, gym.vector.SyncVectorEnv) and obs.shape == (2, 8)
+    worlds = ppo.Worlds(ppo.Args(frame_stack=2), [1, 2])
+    assert isinstance(worlds.envs.unwrapped, gym.vector.SyncVectorEnv) and worlds.obs.shape == (2, 8)
 
 
 # Precision
@@ -251,7 +262,7 @@ def test_auto_takes_environments_whose_frames_can_be_stacked():
 
 def random_batch(agent, n=64):
     torch.manual_seed(1)
-    obs = torch.randint(0, 256, (n, *agent.obs_shape), dtype=torch.uint8)
+    obs = torch.randint(0, 256, (n, agent.width), dtype=torch.uint8)
     batch = ppo.Batch(obs, torch.randint(0, 6, (n,)), *torch.randn(4, n))
     with torch.no_grad():
         batch.logprobs, _, batch.values = agent.replay(batch)
@@ -261,9 +272,9 @@ def random_batch(agent, n=64):
 
 def two_precisions():
     torch.manual_seed(0)
-    exact = ppo.Agent([4, 84, 84], [], [6], hidden_sizes=[], precision="float32")
-    fast = ppo.Agent([4, 84, 84], [], [6], hidden_sizes=[], precision="bfloat16")
-    fast.load_state_dict(exact.state_dict())
+    exact = fresh(Box(0, 255, (4, 84, 84), np.uint8))
+    fast = copy.deepcopy(exact)
+    fast.trunk[0].in_bfloat16 = True
     return exact, fast
 
 
@@ -290,11 +301,11 @@ def test_a_rollout_is_replayed_as_it_was_played(precision, monkeypatch):
     """The choice, recomputed from the replay's output and the noise, is the action taken; the first ratio is 1."""
     noises, collect = [], ppo.collect
 
-    def spy(agent, worlds, rollout, generator):
-        same = torch.Generator().manual_seed(0)
-        same.set_state(generator.get_state())
-        noises.append(agent.sample_noise(*rollout.rewards.shape, generator=same))
-        collect(agent, worlds, rollout, generator)
+    def spy(agent, worlds, rollout):
+        agent.trunk[0].in_bfloat16 = precision == "bfloat16"
+        with torch.random.fork_rng():
+            noises.append(agent.sample_noise(*rollout.rewards.shape))
+        collect(agent, worlds, rollout)
         with torch.no_grad():
             logits = agent.policy(agent.encode(rollout.obs[:-1]), rollout.obs[:-1]).logits
         noisy = logits + noises[-1]
@@ -305,97 +316,70 @@ def test_a_rollout_is_replayed_as_it_was_played(precision, monkeypatch):
 
     monkeypatch.setattr(ppo, "collect", spy)
     settings = {**SETTINGS, "num_minibatches": 1, "update_epochs": 1, "num_steps": 16, "num_envs": 4}
-    args = ppo.Args("images/Pixel-v0", {"size": 36}, total_timesteps=256, run_name="ratio", precision=precision,
-                    vectorization="sync", **settings)  # fmt: skip
-    logs = scalars(ppo.train(args))
+    args = ppo.Args("images/Pixel-v0", {"size": 36}, total_timesteps=256, run_name="ratio", vectorization="sync",
+                    **settings)  # fmt: skip
+    logs = scalars(ppo.train(args).args.run)
     assert len(noises) == 4
     tolerance = 1e-4 if precision == "bfloat16" else 1e-6
     assert [value for _, value in logs["losses/approx_kl"]] == pytest.approx([0] * 4, abs=tolerance)
 
 
-def test_auto_is_what_the_processor_has_and_is_saved_as_that(monkeypatch):
-    for native, chosen in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(ppo, "has_bfloat16", lambda device, native=native: native)
-        run, _, agent = learn(1024, "bytes", run_name=chosen, env_kwargs={"size": 36})
-        assert agent.network.precision == chosen
-        assert json.loads((run / "hyperparameters.json").read_text())["precision"] == chosen
-        assert json.loads((run / "config.json").read_text())["precision"] == chosen
-
-
-def test_without_convolutions_there_is_nothing_to_speed_up(main):
-    assert main("--total-timesteps", 4096, "--eval-episodes", 1, "--run-name", "vector")[0] == 0
-    assert ppo.load_args(Path("runs/vector")).precision == "auto"
-
-
-def test_bfloat16_is_played_in_float32_where_it_is_not_native_and_that_is_said(main, monkeypatch):
-    monkeypatch.setattr(ppo, "has_bfloat16", lambda device: True)
+def test_bfloat16_is_taken_where_the_processor_has_it_and_a_run_goes_on_where_not(main, monkeypatch):
     flags = ["--env-id", "images/Pixel-v0", "--env-kwargs", "size", 36, "--num-envs", 4, "--num-steps", 16,
              "--total-timesteps", 128, "--validation-episodes", 0, "--eval-episodes", 2]  # fmt: skip
-    assert main(*flags, "--run-name", "fast", "--precision", "bfloat16")[0] == 0
-    monkeypatch.setattr(ppo, "has_bfloat16", lambda device: False)
-    code, out, err = main("--evaluate", "runs/fast")
-    assert code == 0 and "float32" in err and err.count("\n") == 1
-
-
-def test_bfloat16_where_it_is_not_native_warns_with_the_measured_factor(main, monkeypatch):
-    monkeypatch.setattr(ppo, "has_bfloat16", lambda device: False)
-    flags = ["--env-id", "images/Pixel-v0", "--env-kwargs", "size", 36, "--num-envs", 4, "--num-steps", 16,
-             "--total-timesteps", 128, "--validation-episodes", 0, "--eval-episodes", 2]  # fmt: skip
-    code, _, err = main(*flags, "--run-name", "slow", "--precision", "bfloat16")
-    assert code == 0
-    assert "warning: bfloat16 is emulated here" in err and " times as long as float32" in err
-
-
-def test_another_precision_is_another_run(main):
-    flags = ["--env-id", "images/Pixel-v0", "--env-kwargs", "size", 36, "--num-envs", 4, "--num-steps", 16,
-             "--total-timesteps", 128, "--validation-episodes", 0, "--eval-episodes", 2]  # fmt: skip
-    assert main(*flags, "--run-name", "run", "--precision", "float32")[0] == 0
+    for native, name in ((True, "fast"), (False, "exact")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx2": True, "avx512_bf16": native})
+        assert main(*flags, "--run-name", name)[::2] == (0, "") and ppo.CNN.in_bfloat16 is native
+    fast, exact = (Path("runs", name, "model.safetensors").read_bytes() for name in ("fast", "exact"))
+    assert fast != exact
     for name in ("results.json", "model.safetensors"):
-        Path("runs/run", name).unlink()
-    code, _, err = main("--resume", "runs/run", "--precision", "bfloat16")
-    assert code == 2 and "--precision float32 -> bfloat16" in err
+        Path("runs/fast", name).unlink()
+    assert main("--resume", "runs/fast")[0] == 0 and not ppo.CNN.in_bfloat16
 
 
 # Resume and files
+
+BYTES = ppo.describe(Box(0, 255, (36, 36, 3), np.uint8))[0]
 
 
 @pytest.mark.parametrize("kind, size", [("bytes", 36), ("Dict", 36), ("codes", 8)])
 def test_a_resumed_run_ends_with_the_same_weights(kind, size, monkeypatch):
     settings = {"env_kwargs": {"size": size}, "checkpoint_every": 2, "num_envs": 4, "num_steps": 16}
     straight, *_ = learn(512, kind, run_name="straight", **settings)
-    saved, save = [], ppo.save_checkpoint
+    saved, save = [], ppo.State.checkpoint
 
-    def stop(run, state):
-        save(run, state)
+    def stop(state):
+        save(state)
         saved.append(state.iteration)
         if state.iteration == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ppo, "save_checkpoint", stop)
+    monkeypatch.setattr(ppo.State, "checkpoint", stop)
     with pytest.raises(KeyboardInterrupt):
         learn(512, kind, run_name="stopped", **settings)
-    monkeypatch.setattr(ppo, "save_checkpoint", save)
-    ppo.train(replace(ppo.load_args(Path("runs/stopped")), resume="runs/stopped"))
+    monkeypatch.setattr(ppo.State, "checkpoint", save)
+    ppo.train(replace(straight.args, resume="runs/stopped"))
     assert saved == [0, 2, 4]
-    assert Path("runs/stopped/model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+    assert Path("runs/stopped/model.safetensors").read_bytes() == (straight.args.run / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("change", [
-    {"parts": [["bytes", [36, 36, 1]]]}, {"parts": None}, {"parts": [["floats", [36, 36, 3]]]}, {"parts": "os.system"},
-    {"precision": "float16"}, {"obs_shape": [3, 36, 36]},
+    {"parts": [BYTES | {"shape": [36, 36, 1]}]}, {"parts": []}, {"parts": [BYTES | {"kind": "numbers"}]},
+    {"parts": "os.system"}, {"parts": [BYTES | {"path": ["image"]}]}, {"obs_shape": [3, 36, 36]},
 ], ids=str)  # fmt: skip
 def test_a_config_that_does_not_fit_the_images_is_refused(change, main):
-    run, *_ = learn(1024, "bytes", env_kwargs={"size": 36})
+    run = learn(1024, "bytes", env_kwargs={"size": 36})[0].args.run
     config = json.loads((run / "config.json").read_text())
+    assert config["parts"] == [BYTES]
     (run / "config.json").write_text(json.dumps(config | change))
     (run / "results.json").write_text("{}")
     for flag in "--evaluate", "--init-from":
         code, _, err = main(flag, run)
-        assert (code, err.count("\n")) == (2, 1) and "config.json" in err and list(Path("runs").iterdir()) == [run]
+        assert (code, err.count("\n")) == (2, 1) and f"loading {run}" in err and list(Path("runs").iterdir()) == [run]
 
 
 def test_an_image_agent_loads_as_it_was_saved():
-    run, args, agent = learn(1024, "Dict", env_kwargs={"size": 36})
-    again = ppo.Agent.from_pretrained(run, strict=True)
-    obs = torch.rand(5, *agent.obs_shape) * 255
+    _, args, agent = learn(1024, "Dict", env_kwargs={"size": 36})
+    again = ppo.Agent.from_pretrained(args.run, strict=True)
+    obs = torch.rand(5, agent.width) * 255
     assert copy.deepcopy(again).act(obs).equal(agent.act(obs))

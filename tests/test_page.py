@@ -16,7 +16,7 @@ TREE = ast.parse(SOURCE)
 DETAILS = {
     "core 1": "collect",  # vectorised environments
     "core 2": "layer_init",  # orthogonal weights
-    "core 3": "FlatAdam.step",  # Adam's epsilon
+    "core 3": "Adam.step",  # Adam's epsilon
     "core 4": "train",  # a falling learning rate
     "core 5": "compute_gae",
     "core 6": "minibatches",
@@ -27,13 +27,13 @@ DETAILS = {
     "core 11": "clip_norm",
     "core 12": "policy_change",  # what is logged to find faults
     "core 13": "Agent",  # separate networks, or one with two heads
-    "Atari 1": "vectorize",  # idle steps at the start
-    "Atari 2": "vectorize",  # frames skipped, the maximum of the last two
+    "Atari 1": "make_envs",  # idle steps at the start
+    "Atari 2": "make_envs",  # frames skipped, the maximum of the last two
     "Atari 3": "Worlds.step",  # a lost life ends the value horizon
-    "Atari 4": "vectorize",  # fire at the start
-    "Atari 5": "vectorize",  # small grey images
+    "Atari 4": "make_envs",  # fire at the start
+    "Atari 5": "make_envs",  # small grey images
     "Atari 6": "estimate",  # the sign of the reward
-    "Atari 7": "vectorize",  # stacked frames
+    "Atari 7": "make_envs",  # stacked frames
     "Atari 8": "Agent",  # the CNN
     "Atari 9": "CNN",  # pixels from 0 to 1
     "continuous 1": "Gaussian",
@@ -48,7 +48,7 @@ DETAILS = {
     "LSTM 1": "Memory.__init__",  # orthogonal weights, zero biases
     "LSTM 2": "Memory.forward",  # states of zero at the start
     "LSTM 3": "Worlds.step",  # states reset at an episode's end
-    "LSTM 4": "whole_environments",  # sequences in minibatches
+    "LSTM 4": "minibatches",  # sequences in minibatches
     "LSTM 5": "Memory.forward",  # states made again in the update
     "MultiDiscrete 1": "Categorical.logprob_and_entropy",  # independent components
 }
@@ -63,7 +63,7 @@ SECTIONS = [
     "Running statistics",
     "Worlds",
     "Devices and ranks",
-    "Evaluation and video",
+    "Play",
     "The run's folder",
     "Sharing",
     "Checks and presets",
@@ -72,8 +72,7 @@ SECTIONS = [
 # What the algorithm may use of all that is imported; the built-in functions it may not use; and, of any object, the
 # attributes it may not: files, and what torch has besides tensors and layers
 ALLOWED = """
-Any Callable Iterator Path Tensor adam dataclass field math nn np parameters_to_vector replace time torch
-vector_to_parameters""".split()
+Any Callable Iterator Path Tensor dataclass field math nn np replace time torch""".split()
 FORBIDDEN = "__import__ breakpoint compile eval exec exit globals input open print quit".split()
 CHORES = """
 _dynamo backends compile compiler cuda distributed exists from_pretrained fromfile glob hub is_dir is_file iterdir jit
@@ -156,27 +155,24 @@ def test_sections_stand_in_the_order_of_an_essay():
         assert banner.startswith(section)
 
 
-def test_the_algorithm_is_early_on_the_page():
-    agent = next(i for i, line in enumerate(LINES, 1) if line.startswith("# ---- The agent"))
-    assert agent <= 220
-    assert span("train")[1] <= 670
+def test_the_page_is_light():
+    """Whoever adds takes something away; none of these figures is ever raised."""
+    assert len(SOURCE) <= 88_000
+    assert len(LINES) <= 1750
+    assert sum(isinstance(node, (ast.ClassDef, ast.FunctionDef)) for node in TREE.body) <= 92
+
+
+def test_the_algorithm_is_early_on_the_page_and_short():
+    first, last = algorithm()
+    assert last - first + 1 <= 380
+    assert last <= 620
+    lines = [line.strip() for line in LINES[first - 1 : last]]
+    assert mean(len(line) for line in lines if line and not line.startswith("#")) <= 50
 
 
 def test_definitions_are_short():
     lengths = {name: last - first + 1 for name in NODES for first, last in [span(name)]}
-    longer = {
-        "train": 100,
-        "Agent": 105,
-        "Log": 80,
-        "model_card": 80,
-    }  # two classes of short methods, a text to fill in
-    assert {name: n for name, n in lengths.items() if n > longer.get(name, 60)} == {}
-
-
-def test_the_lines_of_the_algorithm_are_short():
-    first, last = algorithm()
-    lines = [line.strip() for line in LINES[first - 1 : last]]
-    assert mean(len(line) for line in lines if line and not line.startswith("#")) <= 50
+    assert {name: n for name, n in lengths.items() if n > 60 and name not in ("Agent", "Args")} == {}
 
 
 def test_the_algorithm_does_no_chores():

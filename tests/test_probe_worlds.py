@@ -49,7 +49,7 @@ def learn(world, **kwargs):
                 "learning_rate": 1e-2, "gamma": GAMMA, "ent_coef": 0.0, "clip_vloss": False, "hidden_sizes": (16,),
                 "validation_episodes": 0, "checkpoint_every": 1_000} | kwargs  # fmt: skip
     args = ppo.Args(env_id=f"probe/{world}-v0", run_name=world, **settings)
-    return ppo.load_agent(ppo.train(args), args)
+    return ppo.load_agent(str(ppo.train(args).args.run), args)
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """Several processes under torchrun: they train one agent, decide together, and end together."""
 
-import copy
+import io
 import json
 import os
+import random
 import re
 import socket
 import subprocess
@@ -14,13 +15,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import QUICK, ROOT, scalars
-from gymnasium.envs.classic_control import PendulumEnv
 
 import ppo
 
@@ -64,18 +63,9 @@ def this_rank():
 
 def train(args):
     """Run ppo.train; the weights and statistics that this process ended with, and its number of gradient steps."""
-    save_checkpoint, weights = ppo.save_checkpoint, {}
-
-    def save(run, state):
-        weights.update({name: value.clone() for name, value in state.agent.state_dict().items()})
-        save_checkpoint(run, state)
-
-    with (
-        patch.object(ppo, "save_checkpoint", save),
-        patch.object(ppo.FlatAdam, "step", autospec=True, side_effect=ppo.FlatAdam.step) as step,
-    ):
-        ppo.train(args)
-    return weights, step.call_count
+    with patch.object(ppo.Adam, "step", autospec=True, side_effect=ppo.Adam.step) as step:
+        state = ppo.train(args)
+    return {name: value.clone() for name, value in state.agent.state_dict().items()}, step.call_count
 
 
 def train_on_shared_worlds(args):
@@ -85,7 +75,7 @@ def train_on_shared_worlds(args):
     def shared_seeds(seed, *stream, n=1):
         return seeds(seed, *stream, n=n) if n == 1 else list(range(10 + this_rank() * n, 10 + (this_rank() + 1) * n))
 
-    def shared_noise(agent, T, N, generator):
+    def shared_noise(agent, T, N):
         noise = torch.randn(T, args.num_envs, agent.outputs, generator=torch.Generator().manual_seed(1))
         return noise[:, this_rank() * N : (this_rank() + 1) * N]
 
@@ -98,6 +88,24 @@ def test_both_ranks_end_with_the_same_weights_and_statistics(settings, ranks):
     args = replace(CARTPOLE, run_name=f"same-{len(settings)}", norm_obs=True, norm_reward=True, **settings)
     (first, _), (second, _) = ranks(train, args)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def drawn(args):
+    """This rank's noise and first observations in a run of one rollout."""
+    noise, sample = [], ppo.Agent.sample_noise
+
+    def note(*args):
+        noise.append(sample(*args))
+        return noise[0]
+
+    with patch.object(ppo.Agent, "sample_noise", note), patch.object(ppo, "collect", side_effect=ppo.collect) as spy:
+        ppo.train(args)
+    return *noise, spy.call_args.args[2].obs[0]
+
+
+def test_ranks_draw_different_noise_in_different_environments(ranks):
+    (noise, obs), (other, others) = ranks(drawn, replace(PENDULUM, run_name="drawn"))
+    assert (noise != other).all() and (obs != others).any(1).all()
 
 
 NORMALISED = {"norm_obs": True, "norm_reward": True, "total_timesteps": 256}
@@ -117,138 +125,27 @@ def test_two_ranks_learn_from_a_rollout_what_one_learns(ranks, settings, request
         torch.testing.assert_close(two[name], one[name], rtol=1e-6, atol=1e-6)
 
 
-def sample_batch(n=40):
-    """A small agent and n rows to learn from."""
+def gradient_of(rows):
+    """The gradient and the metrics of these rows, and their advantages; over all ranks."""
     torch.manual_seed(1)
-    agent = ppo.Agent([4], [], [2], hidden_sizes=[64, 64])
-    obs, actions, logprobs = torch.randn(n, 4), torch.randint(2, (n,)), -torch.rand(n)
-    values, returns, advantages = torch.randn(3, n)
-    return agent, ppo.Batch(obs, actions, logprobs, values, advantages, returns)
+    agent = ppo.Agent(**ppo.look(CARTPOLE))
+    obs, actions, logprobs = torch.randn(40, 4), torch.randint(2, (40,)), -torch.rand(40)
+    batch = ppo.Batch(obs, actions, logprobs, *torch.randn(3, 40))[rows]
+    batch.advantages = ppo.standardize(batch.advantages)
+    gradient, metrics = ppo.mean_over_ranks(*ppo.compute_gradient(agent, batch, CARTPOLE))
+    return torch.cat([gradient, torch.stack(list(metrics.values()))]), batch.advantages
 
 
-def gradient_of(rows, share):
-    """The gradient and the metrics, the mean over all ranks of each."""
-    agent, batch = sample_batch()
-    gradient, metrics = ppo.mean_over_ranks(*ppo.compute_gradient(agent, batch[rows], ppo.Args()), share)
-    return [gradient, *metrics.values()]
+def gradient_of_a_half():
+    return gradient_of(slice(this_rank() * 20, this_rank() * 20 + 20))
 
 
-def gradient_of_unequal_parts():
-    return gradient_of(slice(0, 30), 0.75) if this_rank() == 0 else gradient_of(slice(30, 40), 0.25)
-
-
-def test_ranks_with_more_rows_count_for_more(ranks):
-    both = ranks(gradient_of_unequal_parts)
-    union = gradient_of(slice(0, 40), 1.0)
-    for part in both:
-        for mean, expected in zip(part, union):
-            torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-6)
-
-
-def standardize_unequal_parts():
-    x = torch.arange(40.0) ** 2
-    return ppo.standardize(x[:30], 0.75) if this_rank() == 0 else ppo.standardize(x[30:], 0.25)
-
-
-def test_advantages_are_standardised_over_all_ranks(ranks):
-    torch.testing.assert_close(torch.cat(ranks(standardize_unequal_parts)), ppo.standardize(torch.arange(40.0) ** 2))
-
-
-def shares_in_training(args):
-    """Of each iteration: the rows of this rank that are transitions, and the shares that it counts with."""
-    rows, shares = [], []
-    collect, standardize, mean_over_ranks = ppo.collect, ppo.standardize, ppo.mean_over_ranks
-
-    def collect_and_count(agent, worlds, rollout, generator):
-        collect(agent, worlds, rollout, generator)
-        rows.append(int(rollout.valid.sum()))
-        shares.append(set())
-
-    def standardize_and_note(x, share=1.0):
-        shares[-1].add(float(share))
-        return standardize(x, share)
-
-    def average_and_note(gradient, metrics, share):
-        shares[-1].add(float(share))
-        return mean_over_ranks(gradient, metrics, share)
-
-    with patch.multiple(ppo, collect=collect_and_count, standardize=standardize_and_note,
-                        mean_over_ranks=average_and_note):  # fmt: skip
-        ppo.train(args)
-    return rows, shares
-
-
-def test_in_training_each_rank_counts_with_its_share_of_the_transitions(ranks):
-    (first, *shares), (second, *others) = ranks(shares_in_training, replace(CARTPOLE, run_name="shares"))
-    assert len(first) == CARTPOLE.num_iterations and first != second
-    for mine, theirs, a, b in zip(first, second, *shares, *others, strict=True):
-        assert (a, b) == ({mine / (mine + theirs)}, {theirs / (mine + theirs)})
-
-
-class Halved(PendulumEnv):
-    """Some seeds have episodes of one step, so that every second row is a reset; the others have none at all."""
-
-    def reset(self, *, seed=None, options=None):
-        self.short = self.short if seed is None else seed != 11
-        return super().reset(seed=seed)
-
-    def step(self, action):
-        obs, reward, *_, info = super().step(action)
-        return obs, reward, False, self.short, info
-
-
-gym.register("Halved-v0", Halved)
-
-
-def steps_of_training(args):
-    """Of each minibatch: the agent before it, what this rank had of it, its advantages as they were estimated, and the
-    gradient that both ranks took."""
-    steps, compute_gradient, clip_norm, standardize = [], ppo.compute_gradient, ppo.clip_norm, ppo.standardize
-
-    def note_and_standardize(x, share=1.0):
-        steps.append([x])
-        return standardize(x, share)
-
-    def note_and_compute(agent, batch, args):
-        steps[-1] += [copy.deepcopy(agent), batch]
-        return compute_gradient(agent, batch, args)
-
-    def note_and_clip(gradient, limit):
-        steps[-1] += [gradient]
-        return clip_norm(gradient, limit)
-
-    with patch.multiple(ppo, standardize=note_and_standardize, compute_gradient=note_and_compute,
-                        clip_norm=note_and_clip):  # fmt: skip
-        train_on_shared_worlds(args)
-    return steps
-
-
-def union(parts):
-    """The environments of all ranks in one minibatch, each of their valid rows once."""
-    valid = np.concatenate([part.valid for part in parts], 1)
-    rows, columns = torch.as_tensor(np.flatnonzero(valid)), {}
-    for name in ("actions", "logprobs", "values", "advantages", "returns"):
-        tables = [torch.zeros(*part.valid.shape, *getattr(part, name).shape[1:]) for part in parts]
-        for part, table in zip(parts, tables):
-            table.flatten(0, 1)[part.rows] = getattr(part, name)
-        columns[name] = torch.cat(tables, 1).flatten(0, 1)[rows]
-    obs, memory = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("obs", "memory"))
-    return ppo.Chapters(obs=obs, **columns, valid=valid, memory=memory, rows=rows)
-
-
-def test_with_memory_each_rank_counts_with_the_valid_rows_of_its_environments_in_a_minibatch(ranks):
-    args = replace(PENDULUM, env_id="Halved-v0", run_name="halved", update_epochs=3, total_timesteps=256, **MEMORY)
-    first, second = ranks(steps_of_training, args)
-    counts = set()
-    for (a, agent, mine, gradient), (b, _, theirs, same) in zip(first, second, strict=True):
-        counts.add((mine.valid.sum(), theirs.valid.sum()))
-        whole = union([mine, theirs])
-        raw = union([replace(mine, advantages=a), replace(theirs, advantages=b)]).advantages
-        torch.testing.assert_close(whole.advantages, ppo.standardize(raw), rtol=1e-5, atol=1e-6)
-        expected, _ = ppo.compute_gradient(agent, whole, args)
-        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
-        assert gradient.equal(same)
-    assert len(first) == 12 and counts == {(16, 16), (32, 16)}  # valid rows of each rank
+def test_two_ranks_with_half_of_the_rows_each_take_the_gradient_and_the_advantages_of_all(ranks):
+    union, advantages = gradient_of(slice(0, 40))
+    (first, before), (second, after) = ranks(gradient_of_a_half)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, union, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat([before, after]), advantages)
 
 
 def statistics(*batches):
@@ -259,12 +156,12 @@ def statistics(*batches):
 
 
 def statistics_of_unequal_parts():
-    x = sample_batch(60)[1].obs[:, :3]
+    x = torch.arange(180.0).sin().view(60, 3)
     return statistics(x[:10], x[20:25]) if this_rank() == 0 else statistics(x[10:20], x[25:])
 
 
 def test_running_statistics_are_those_of_all_ranks(ranks):
-    x = sample_batch(60)[1].obs[:, :3]
+    x = torch.arange(180.0).sin().view(60, 3)
     for part in ranks(statistics_of_unequal_parts):
         torch.testing.assert_close(part, statistics(x), rtol=1e-9, atol=1e-9)
 
@@ -285,23 +182,19 @@ def test_two_ranks_resume_bit_for_bit(settings, ranks):
     args = replace(CARTPOLE, run_name=f"resumed-{len(settings)}", checkpoint_every=2, **settings)
     straight = ranks(train, args)
     run, *_ = ranks(Path.absolute, Path("runs", args.run_name))
-    last = ppo.load_checkpoint(run)
     (run / f"checkpoint-{args.num_iterations:08d}.pt").unlink()  # as if killed after the one before
     again = ranks(resumed, args)
     for (weights, _), (expected, _) in zip(again, straight):
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    assert all(map(torch.equal, ppo.load_checkpoint(run)["generator"], last["generator"]))
-    assert not torch.equal(*last["generator"])
 
 
 def test_torchrun_leaves_one_run_with_one_log_and_one_score():
     done = torchrun(*QUICK, "--run-name", "two")
     assert done.returncode == 0, done.stderr
     run = Path("runs/two")
-    assert os.listdir("runs") == ["two"] and len(list(run.glob("events.*"))) == 2  # the second has the final score
+    assert os.listdir("runs") == ["two"] and len(list(run.glob("events.*"))) == 1
     assert done.stdout.count("greedy episodes") == 1 and done.stdout.count("run: runs/two\n") == 1
-    assert ppo.load_checkpoint(run)["settings"]["ranks"] == 2
-    assert "\ntorchrun --nproc-per-node 2 ppo.py --env-id CartPole-v1 " in (run / "README.md").read_text()
+    assert json.loads((run / "results.json").read_text())["settings"]["ranks"] == 2
     entropies = [value for _, value in scalars(run)["losses/entropy"]]
     assert 0.5 < min(entropies) and max(entropies) < 0.6932  # of two choices at most log 2: a mean over ranks, no sum
     logged = scalars(run)["losses/policy_loss"]
@@ -320,7 +213,7 @@ def test_torchrun_with_memory_leaves_an_agent_that_is_played_again_as_it_was_sco
     assert f"mean_reward {results['mean_reward']:.2f} " in out
     agent = ppo.Agent.from_pretrained(run, strict=True)
     agent.predict(np.zeros(4, np.float32))
-    assert agent.recalled.any() and agent.recalled.shape == (2, 1, 8)
+    assert agent.episode.any() and agent.episode.shape == (2, 1, 8)
     assert agent.memory.weight_hh_l0.T.mm(agent.memory.weight_hh_l0).sub(torch.eye(8)).abs().max() > 1e-3  # it learned
 
 
@@ -366,18 +259,18 @@ def test_two_nodes_of_one_rank_learn_what_one_node_of_two_ranks_learns():
     assert torchrun(*flags).returncode == 0
     nodes, node = Path("node-0/runs/two"), Path("runs/two")
     assert (nodes / "model.safetensors").read_bytes() == (node / "model.safetensors").read_bytes()
-    ours, theirs = ppo.load_checkpoint(nodes), ppo.load_checkpoint(node)
-    assert ours["settings"]["ranks"] == theirs["settings"]["ranks"] == 2
-    assert all(ours["agent"][name].equal(value) for name, value in theirs["agent"].items())
-    assert all(map(torch.equal, ours["generator"], theirs["generator"]))
+    ours, theirs = (torch.load(io.BytesIO(max(run.glob("*.pt")).read_bytes()[:-32])) for run in (nodes, node))
+    for part in ("agent", "optimizer"):
+        assert all(ours[part][name].equal(value) for name, value in theirs[part].items())
+    assert json.loads((nodes / "results.json").read_text())["settings"]["ranks"] == 2
     assert first.stdout.count("run: runs/two\n") == 1 and second.stdout == "" and not os.listdir("node-1")
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--num-envs", "3"], "--num-envs 3, and the rows of a minibatch, must be multiples of 2 ranks"),
-        (["--lstm-hidden-size", "8"], "--num-envs 4, and the environments of a minibatch, must be multiples of 2"),
+        (["--num-envs", "3"], "--num-envs 3 is no multiple of the 2 ranks"),
+        (["--lstm-hidden-size", "8"], "--num-minibatches 4 must divide the 2 environments of a rollout, as 2 does"),
     ],
 )
 def test_environments_that_ranks_cannot_share_are_refused_in_one_line(flags, words, main, monkeypatch):
@@ -387,23 +280,13 @@ def test_environments_that_ranks_cannot_share_are_refused_in_one_line(flags, wor
     assert words in err
 
 
-@pytest.mark.parametrize("rank, said", [("0", "--num-minibatches 16 -> 2, "), ("1", "")])
-def test_with_memory_a_presets_minibatches_give_way_to_those_that_ranks_can_share(rank, said, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", rank)
-    args = ppo.parse_args(["--env-id", "Pendulum-v1", "--lstm-hidden-size", "8"])
-    assert (args.num_envs, args.num_minibatches) == (4, 2)  # each rank has two environments
-    out = capsys.readouterr().out
-    assert out.startswith(said) and bool(out) == bool(said)
-
-
 def test_on_more_ranks_the_minibatches_of_a_run_that_is_resumed_stay_as_they_are(main, monkeypatch):
     memory = ["--lstm-hidden-size", "8", "--run-name", "one"]
     assert main(*QUICK, *memory)[0] == 0
     Path("runs/one/results.json").unlink()
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, out, err = main("--resume", "runs/one")
-    assert (code, out) == (2, "") and "the environments of a minibatch, must be multiples of 2 ranks" in err
+    assert (code, out) == (2, "") and "--num-minibatches 4 must divide the 2 environments of a rollout" in err
 
 
 UNEQUAL = """
@@ -421,7 +304,7 @@ def test_episodes_are_logged_at_steps_of_all_ranks():
     done = torchrun("--env-id", "unequal:Unequal-v0", *QUICK, "--checkpoint-every", "1", "--run-name", "unequal")
     assert done.returncode == 0, done.stderr
     logs = scalars("runs/unequal")
-    assert [step for step, _ in logs["charts/episodic_return"][::2]] == [step for step, _ in logs["charts/SPS"]]
+    assert [step for step, _ in logs["charts/episodic_return"]] == [step for step, _ in logs["charts/SPS"]]
 
 
 MORTAL = """
@@ -434,7 +317,7 @@ class Mortal(CartPoleEnv):
 
     def step(self, action):
         Mortal.age += 1
-        if Mortal.age == 700 and os.environ["RANK"] == "1":  # in the third of four iterations
+        if Mortal.age == int(os.environ.get("AGE", 700)) and os.environ["RANK"] == "1":
             if os.environ.get("FATE") == "raise":
                 raise RuntimeError("out of order")
             if os.environ.get("FATE") == "kill":
@@ -465,7 +348,8 @@ def test_an_environment_that_fails_on_one_rank_ends_all():
 def test_a_killed_rank_ends_all_and_the_run_resumes_bit_for_bit():
     Path("mortal.py").write_text(MORTAL)
     mortal = ["--env-id", "mortal:Mortal-v0", *QUICK, "--checkpoint-every", "2"]
-    done = torchrun(*mortal, "--run-name", "killed", FATE="kill")
+    age = random.randint(300, 900)  # after the first iteration; at 490 or so the second leg begins
+    done = torchrun(*mortal, "--run-name", "killed", FATE="kill", AGE=str(age))
     cause = done.stderr.partition("Root Cause")[2]
     assert done.returncode != 0 and not Path("runs/killed/results.json").exists()
     assert "rank      : 1" in cause and "SIGKILL" in cause

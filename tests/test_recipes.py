@@ -14,6 +14,7 @@ from pathlib import Path
 import gymnasium as gym
 import nbclient
 import nbformat
+import numpy as np
 import pytest
 import torch
 from conftest import QUICK, ROOT, command
@@ -48,6 +49,10 @@ def execute(code, tmp_path):
 
 def weights(run):
     return load_file(run / "model.safetensors")
+
+
+def checkpoint(run):
+    return torch.load(max(run.glob("checkpoint-*.pt")), weights_only=True)
 
 
 def assert_equal(weights, expected):
@@ -110,16 +115,16 @@ def test_a_study_goes_on_where_it_stopped_and_prunes(tmp_path, monkeypatch):
     for trial in first:
         assert list(trial.intermediate_values) == [1, 2, 3] and len(trial.params) == 4
         run = tmp_path / f"runs/tune-{trial.number}"
-        assert trial.value == max(trial.intermediate_values.values()) == ppo.load_checkpoint(run)["best_score"]
-        settings = ppo.load_args(run)
-        assert {name: getattr(settings, name) for name in trial.params} == trial.params
+        assert trial.value == max(trial.intermediate_values.values()) == checkpoint(run)["best_score"]
+        settings = json.loads((run / "config.json").read_text())
+        assert {name: settings[name] for name in trial.params} == trial.params
 
     all_fail = {"MedianPruner(n_startup_trials=5)": "ThresholdPruner(lower=501)"}  # no score of CartPole is that high
     then = trials({"20 - len": "4 - len"} | all_fail)
     assert [trial.params for trial in then[:2]] == [trial.params for trial in first]
     assert [trial.state.name for trial in then[2:]] == ["PRUNED", "PRUNED"]
     assert [list(trial.intermediate_values) for trial in then[2:]] == [[1], [1]]
-    assert not (tmp_path / "runs/tune-2/model.safetensors").exists()
+    assert checkpoint(tmp_path / "runs/tune-2")["iteration"] == 0
     assert len(trials({"20 - len": "4 - len"})) == 4  # nothing is left to do
 
 
@@ -158,8 +163,8 @@ def observations_and_actions(run):
     """1,000 observations, drawn around the agent's mean, some of them far from it; and its greedy actions."""
     agent = ppo.Agent.from_pretrained(run, strict=True)
     stats = agent.obs_stats
-    assert agent.network.norm_obs and stats.count.min() > 1000 and stats.mean.any()
-    noise = torch.randn(1000, *agent.obs_shape, generator=torch.Generator().manual_seed(1))
+    assert agent.settings.norm_obs and stats.count.min() > 1000 and stats.mean.any()
+    noise = torch.randn(1000, agent.width, generator=torch.Generator().manual_seed(1))
     obs = (stats.mean + 5 * stats.std * noise).float()
     return obs, agent.act(obs)
 
@@ -182,6 +187,11 @@ def test_an_agent_in_onnx_acts_as_the_agent_does(env_id, runs, tmp_path):
         torch.testing.assert_close(torch.from_numpy(found), actions[:n], rtol=1e-5, atol=1e-6)
     assert (actions.is_floating_point() or len(actions.unique()) > 1) and len(actions) == 1000
     assert not list(tmp_path.glob("agent.onnx.*"))  # one file
+    if env_id == "Pendulum-v1":  # whose torque is up to 2
+        (stretch,) = re.findall(r"`(np\.clip\(.*?\))`", PAGE)
+        names = json.loads((runs[env_id] / "config.json").read_text())["action"] | {"np": np, "actions": found}
+        taken = ppo.Agent.from_pretrained(runs[env_id], strict=True).predict(obs)
+        np.testing.assert_allclose(eval(stretch, names), taken, rtol=1e-5, atol=1e-6)
 
 
 def test_an_agent_in_onnx_plays_the_episode_that_the_agent_plays(runs, tmp_path):
@@ -196,21 +206,21 @@ def test_an_agent_in_onnx_plays_the_episode_that_the_agent_plays(runs, tmp_path)
     assert total == sum(rewards)
 
 
-def test_an_agent_of_images_goes_to_onnx_too(tmp_path):
+def test_an_agent_of_images_goes_to_onnx_too(tmp_path, monkeypatch):
     import onnxruntime
 
     torch.manual_seed(1)
-    for precision in ("float32", "bfloat16"):  # which ONNX gets as float32
-        config = dict(obs_shape=[4, 84, 84], action_shape=[], nvec=[6], hidden_sizes=(), precision=precision)
-        ppo.Agent(**config).save_pretrained(tmp_path / "images")
-        (zeros,) = re.findall(r"torch\.zeros\(2, \*agent\.obs_shape\).*", printed("ONNX")[0])
-        images = "torch.zeros(2, *agent.obs_shape, dtype=torch.uint8)"
-        assert "images of bytes: dtype=torch.uint8" in zeros
-        changes = {"runs/<run>": str(tmp_path / "images"), zeros: images}
-        agent = execute(change(printed("ONNX")[0], changes), tmp_path)["agent"]
-        obs = torch.randint(256, (16, 4, 84, 84), dtype=torch.uint8)
-        (found,) = onnxruntime.InferenceSession("agent.onnx").run(None, {"obs": obs.numpy()})
-        assert found.tolist() == agent.act(obs).tolist()
+    monkeypatch.setattr(ppo.CNN, "in_bfloat16", False)  # as it is where nothing was trained before
+    parts = ppo.describe(gym.spaces.Box(0, 255, (4, 84, 84), np.uint8))
+    agent = ppo.Agent(parts, ppo.describe_action(gym.spaces.Discrete(6), True), hidden_sizes=())
+    agent.save_pretrained(tmp_path / "images")
+    (zeros,) = re.findall(r"torch\.zeros\(2, agent\.width\).*", printed("ONNX")[0])
+    assert "an image of bytes: dtype=torch.uint8" in zeros
+    changes = {"runs/<run>": str(tmp_path / "images"), zeros: "torch.zeros(2, agent.width, dtype=torch.uint8)"}
+    agent = execute(change(printed("ONNX")[0], changes), tmp_path)["agent"]
+    obs = torch.randint(256, (16, 4 * 84 * 84), dtype=torch.uint8)
+    (found,) = onnxruntime.InferenceSession("agent.onnx").run(None, {"obs": obs.numpy()})
+    assert found.tolist() == agent.act(obs).tolist()
 
 
 @pytest.mark.slow
@@ -272,19 +282,21 @@ def test_the_notebook_trains_plays_and_pushes(tmp_path, monkeypatch):
     lines = streams("train").splitlines()
     assert lines[0].startswith("run: runs/CartPole-v1__") and len(lines) == 5  # and one for each iteration of 4
     assert all(re.match(r"step +[\d,]+ +return +[\d.]+ +[\d,]+ steps/s$", line) for line in lines[1:])
-    assert not named["resume"].outputs  # there is nothing to resume
+    assert streams("resume") == f"{lines[0]}\n"  # there is nothing to resume
     assert re.search(r"mean_reward \S+ \+/- \S+ over 100 greedy episodes", streams("finish"))
     assert "image/png" in shown("curve")[0]
     assert "data:video/mp4;base64," in shown("video")[0]["text/html"]
     assert re.search(r"^return \d+\.0$", streams("play"), re.MULTILINE)
     assert re.search(r"pushed: http\S+/commit/\w+", streams("push"))  # beside the progress of the upload
-    assert {"model.safetensors", "replay.mp4", "README.md"} <= hub.files("tester/cartpole").keys()
+    pushed = hub.files("tester/cartpole")
+    assert {"model.safetensors", "replay.mp4", "README.md"} <= pushed.keys()
+    assert b" -f " not in pushed["README.md"]  # the kernel's own command is nobody's
 
 
 def test_a_notebook_interrupted_while_it_trains_goes_on_bit_for_bit(tmp_path, monkeypatch):
-    usual = replace(ppo.usual_args("CartPole-v1"), checkpoint_every=1, validation_episodes=2)
-    monkeypatch.setattr(ppo, "usual_args", lambda env_id: usual)
-    expected = weights(ppo.train(replace(usual, total_timesteps=8192, run_name="uninterrupted")))
+    usual = replace(ppo.preset_args(ppo.Args()), checkpoint_every=1, validation_episodes=2)
+    monkeypatch.setattr(ppo, "preset_args", lambda args: usual)
+    expected = ppo.train(replace(usual, total_timesteps=8192, run_name="uninterrupted"))
     _, named = cells()
     names = {"ppo": ppo, "replace": replace}
     exec(named["parameters"].source, names)
@@ -301,13 +313,13 @@ def test_a_notebook_interrupted_while_it_trains_goes_on_bit_for_bit(tmp_path, mo
         patch.setattr(ppo, "collect", interrupted)
         with pytest.raises(KeyboardInterrupt):
             exec(named["train"].source, names)
-    run = names["run"]
-    assert not (run / "model.safetensors").exists() and ppo.load_checkpoint(run)["iteration"] == 2
-    exec(named["resume"].source, names)
-    assert_equal(weights(run), expected)
-    before = sorted(run.iterdir())
-    exec(named["resume"].source, names)  # once more: it is finished
-    assert sorted(run.iterdir()) == before
+    assert checkpoint(names["run"])["iteration"] == 2
+    for _ in range(2):  # the second time it is finished
+        exec(named["resume"].source, names)
+        state = names["state"]
+        assert (state.iteration, state.best_score) == (4, expected.best_score)
+        assert_equal(state.agent.state_dict(), expected.agent.state_dict())
+        assert_equal(weights(names["run"]), weights(expected.args.run))
 
 
 def test_the_notebook_holds_no_output():

@@ -105,10 +105,19 @@ def test_a_row_without_results_says_how_to_get_them(tmp_path):
 
 
 def test_every_row_but_one_has_the_steps_of_the_preset():
-    own = [row for row in reference.ROWS if reference.own_preset(row.env_id) != "none"]
-    others = [row.name for row in own if reference.usual_args(row.env_id).total_timesteps != row.steps]
+    others = [row.name for row in reference.ROWS if reference.preset_steps(row.env_id) not in (None, row.steps)]
     assert others == ["LunarLander-v3-2M"]
     assert len(ROWS) == len(reference.ROWS)  # each has a folder of its own
+
+
+def test_settings_are_compared_but_for_the_deviation_of_the_second_edition_and_never_mixed(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "reference_folder", lambda row: tmp_path)
+    second = {"gamma": 0.9, "target_kl": None, "logstd_init": -3, "seed": 7, "precision": "auto"}
+    for then, changed in ((second, "gamma"), (second | {"rescale_actions": True}, "gamma, logstd_init"),
+                          (second | {"gamma": 0.98}, "edition")):  # fmt: skip
+        reference.write_file(tmp_path / "hyperparameters.json", json.dumps(then).encode())
+        with pytest.raises(SystemExit, match=rf"trained with other settings \({changed}"):
+            reference.run_rows([(reference.ROWS[0], 1)], 1)
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=name)

@@ -3,6 +3,7 @@
 That is true only if the stored observations are those that the actions were chosen from, and the policy is the same.
 """
 
+import os
 import copy
 
 import gymnasium as gym
@@ -65,7 +66,7 @@ gym.register("replay/Echo-v0", Echo)
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     """At these sizes a second thread only gets in the way, of images too."""
-    monkeypatch.setattr(ppo, "local_cores", lambda: 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
 
 
 @pytest.fixture(autouse=True)
@@ -91,13 +92,13 @@ def watch_collect(monkeypatch, check):
     """After each rollout of `train` call check(agent, worlds, rollout, noise), with the noise that was drawn for it."""
     collect = ppo.collect
 
-    def spy(agent, worlds, rollout, generator):
-        twin = torch.Generator().set_state(generator.get_state())
-        noise = agent.sample_noise(*rollout.rewards.shape, generator=twin)
+    def spy(agent, worlds, rollout):
+        with torch.random.fork_rng():
+            noise, drawn = agent.sample_noise(*rollout.rewards.shape), torch.get_rng_state()
         before = copy.deepcopy(agent.state_dict())
-        collect(agent, worlds, rollout, generator)
+        collect(agent, worlds, rollout)
         assert all(x.equal(before[name]) for name, x in agent.state_dict().items())  # the policy stood still
-        assert twin.get_state().equal(generator.get_state())  # that noise, and nothing else
+        assert drawn.equal(torch.get_rng_state())  # that noise, and nothing else
         check(agent, worlds, rollout, noise)
 
     monkeypatch.setattr(ppo, "collect", spy)
@@ -131,10 +132,9 @@ def check_actions(agent, rollout, noise):
 
 def check_echoes(worlds, rollout):
     """What an environment was given is what was stored at that step; resets take no action."""
-    space = worlds.envs.single_action_space
-    size = int(np.prod(space.shape, dtype=int))
+    size = int(np.prod(worlds.action["shape"], dtype=int))
     for t, n in np.argwhere(rollout.valid):
-        given, seen = ppo.to_env(rollout.actions[t, n], space), rollout.obs[t + 1, n].flatten()[:size].numpy()
+        given, seen = ppo.to_env(rollout.actions[t, n], worlds.action), rollout.obs[t + 1, n, :size].numpy()
         np.testing.assert_array_equal(seen, pixels(given) if rollout.obs.dtype == torch.uint8 else np.ravel(given))
 
 
@@ -185,14 +185,14 @@ def float64_steps(agent, rollout):
     logprobs = torch.zeros(rollout.rewards.shape, dtype=torch.float64)
     values = torch.zeros(rollout.obs.shape[:2], dtype=torch.float64)
     for t, n in np.ndindex(values.shape):
-        x = rollout.obs[t, n].double()
+        x = rollout.obs[t, n].double().view(agent.parts[0]["shape"])
         if x.ndim == 3:
             x = x if x.shape[0] < x.shape[2] else x.permute(2, 0, 1)
             x = x[None] / 255
-            for layer in parts["trunk"]:  # its own `forward` would scale once more
+            for layer in parts["trunk"][0]:  # its own `forward` would scale once more
                 x = layer(x)
             x = x[0]
-        elif agent.network.norm_obs:
+        elif agent.settings.norm_obs:
             stats = agent.obs_stats
             x = ((x - stats.mean) / (stats.var + 1e-8).sqrt()).clamp(-10, 10)
         values[t, n] = parts["critic"](x)
@@ -233,8 +233,9 @@ def watch_estimate(monkeypatch):
 def test_replayed_log_probabilities_and_values_are_those_of_a_step_by_step_loop_in_float64(
     monkeypatch, kind, obs, norm_obs
 ):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # of a machine without bfloat16
     found = watch_estimate(monkeypatch)
-    ppo.train(echo(kind, obs, norm_obs=norm_obs, precision="float32"))
+    ppo.train(echo(kind, obs, norm_obs=norm_obs))
     assert len(found) == ITERATIONS
     assert min(found[-1]) > 1e-3  # they differ from row to row, by more than the tolerance
 

@@ -1,12 +1,15 @@
-"""A world of one's own, and what becomes of its agent: presets that fit, a rate that follows the KL, a look for faults,
-a start from another agent, a window, predict."""
+"""A world of one's own, and what becomes of its agent: presets that fit, a rate that follows the KL, a start from
+another agent, a window, predict."""
 
 import contextlib
 import functools
 import json
 import math
 import os
+import pickle
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +29,13 @@ import ppo
 
 def weights(run):
     return load_file(Path(run) / "model.safetensors")
+
+
+saved = functools.partial(torch.load, weights_only=True)  # what a checkpoint holds
+
+
+def settings(run):
+    return ppo.make_args(json.loads(Path(run, "config.json").read_text()))
 
 
 def equal(a, b):
@@ -58,7 +68,7 @@ def test_the_logged_rate_follows_the_kl_of_each_epoch_and_nothing_anneals_it(mai
     )
     code, _, err = main(*KL)
     assert code == 0, err
-    assert len(seen) == 4 * 3 and seen[0][0] == ppo.usual_args("CartPole-v1").learning_rate
+    assert len(seen) == 4 * 3 and seen[0][0] == ppo.preset_args(ppo.Args()).learning_rate
     assert [lr for lr, _, _ in seen[1:]] == [then for _, _, then in seen[:-1]]
     logged = [value for _, value in scalars("runs/kl")["charts/learning_rate"]]
     assert logged == pytest.approx([then for _, _, then in seen[2::3]]) and len(set(logged)) > 1
@@ -69,17 +79,24 @@ def test_the_logged_rate_follows_the_kl_of_each_epoch_and_nothing_anneals_it(mai
 
 def test_an_interrupted_run_goes_on_with_the_rate_that_it_had(main):
     assert main(*KL)[0] == 0
-    first = weights("runs/kl")
-    for file in ("results.json", "model.safetensors", "checkpoint-00000004.pt"):
-        Path("runs/kl", file).unlink()
-    assert main("--resume", "runs/kl")[0] == 0
-    assert equal(weights("runs/kl"), first)
+    assert_resumes_to_the_same("runs/kl", main)
 
 
-@pytest.mark.parametrize("value", ["0", "-0.01", "nan", "inf"])
+def assert_resumes_to_the_same(run, main):
+    """A finished run of four iterations, put back to the third."""
+    last = Path(run, "checkpoint-00000004.pt")
+    first = saved(last)
+    for file in (last, Path(run, "results.json")):
+        file.unlink()
+    assert main("--resume", run)[0] == 0
+    then = saved(last)
+    assert equal(then["agent"], first["agent"]) and then["learning_rate"] == first["learning_rate"]
+
+
+@pytest.mark.parametrize("value", ["-0.01", "nan", "inf"])
 def test_a_desired_kl_that_is_none_is_refused(value, main):
     code, out, err = main("--desired-kl", value)
-    assert (code, out) == (2, "") and "--desired-kl must be above 0 and finite" in err and not Path("runs").exists()
+    assert (code, out) == (2, "") and "--desired-kl must be 0 or more, and finite" in err and not Path("runs").exists()
 
 
 # Which preset
@@ -120,66 +137,6 @@ def test_the_general_preset_depends_on_spaces_and_trains(obs, action, kind, regi
     assert f"preset: general, {kind}{few} " in out.splitlines()[0]
 
 
-# Faults of a world
-
-
-class Faulty(gym.Env):
-    """Observations leave their space and are of another type; large numbers; lopsided actions; no end."""
-
-    observation_space, action_space = Box(-1, 1, (2,)), Box(np.float32([0, -1]), np.float32([5, 1]))
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return np.zeros(2), {}
-
-    def step(self, action):
-        return np.array([0.0, 50.0]), -300.0, False, False, {}
-
-
-def checked(env_id, capsys, **settings):
-    capsys.readouterr()
-    ppo.check_world(ppo.Args(env_id=env_id, **settings))
-    out, _ = capsys.readouterr()
-    assert all(line.startswith("check: ") for line in out.splitlines())
-    return out
-
-
-def test_check_env_tells_each_fault_with_its_remedy(register, capsys):
-    out = checked(register(Faulty), capsys)
-    assert "Gymnasium's checker: " in out
-    for words in ("float64, the space says float32", "500 of 500 observations are outside", "max_episode_steps",
-                  "from -300 to -300: try --norm-reward", "from 0 to 50: try --norm-obs", "RescaleAction"):  # fmt: skip
-        assert words in out
-    out = checked(register(Faulty, max_episode_steps=10), capsys, norm_obs=True, norm_reward=True)
-    assert not any(flag in out for flag in ("--norm-obs", "--norm-reward", "max_episode_steps"))
-
-
-class Unfinite(Any):
-    def step(self, action):
-        return np.full(3, np.nan, np.float32), 0.0, False, False, {}
-
-
-def test_check_env_tells_what_is_not_finite(register, capsys):
-    assert "not all finite" in checked(register(Unfinite), capsys)
-
-
-@pytest.mark.parametrize("env_id, known", [("CartPole-v1", "infinity"), ("FrozenLake-v1", ""), ("Pendulum-v1", "Box")])
-def test_check_env_finds_nothing_in_a_good_world(env_id, known, capsys):
-    out = checked(env_id, capsys, norm_reward=True)
-    if known:  # what Gymnasium's checker says of its own worlds' bounds
-        assert all(line.startswith("check: Gymnasium's checker: ") and known in line for line in out.splitlines())
-    else:
-        assert out == "check: no faults found\n"
-
-
-def test_check_env_stops_no_run(main, register):
-    env_id = register(Faulty, max_episode_steps=10)
-    code, out, err = main("--env-id", env_id, "--check-env", *QUICK, "--num-envs", 2, "--num-steps", 16,
-                          "--total-timesteps", 64, "--run-name", "faulty")  # fmt: skip
-    assert code == 0, err
-    assert out.index("check: ") < out.index("run: ") and Path("runs/faulty/results.json").exists()
-
-
 # A start from another agent
 
 
@@ -196,13 +153,11 @@ def source(tmp_path_factory):
 def test_a_run_starts_from_the_weights_and_statistics_of_another(source, main):
     code, _, err = main("--init-from", source, *QUICK, "--run-name", "next", "--learning-rate", 1e-5)
     assert code == 0, err
-    args = ppo.load_args(Path("runs/next"))
+    args = settings("runs/next")
     assert (args.hidden_sizes, args.norm_obs, args.env_id, args.preset) == ((16,), True, "CartPole-v1", "CartPole-v1")
-    assert args.learning_rate == 1e-5 and args.init_from == "runs/source"  # no path of this machine
-    (start,) = Path("runs/next").glob("checkpoint-00000000.pt")
-    saved = torch.load(start, weights_only=True)
-    assert equal({name: saved["agent"][name] for name in weights(source)}, weights(source))
-    assert saved["optimizer"]["steps"] == 0
+    assert args.learning_rate == 1e-5
+    start = saved("runs/next/checkpoint-00000000.pt")
+    assert equal(start["agent"], weights(source)) and start["optimizer"]["steps"] == 0
 
 
 def test_its_statistics_are_not_filled_anew_so_the_first_rollout_is_learned_from(source, main):
@@ -222,14 +177,14 @@ def test_statistics_that_the_other_had_not_are_filled_first(main):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--hidden-sizes", "8"], "hidden_sizes [16], not [8]"), (["--no-norm-obs"], "norm_obs True, not False"),
-        (["--env-id", "Acrobot-v1"], "obs_shape [4], not [6]"), (["--activation", "relu"], "activation tanh, not relu"),
-        (["--env-id", "NoSuchWorld-v0"], "NoSuchWorld"), (["--resume", "runs/any"], "--resume and --init-from exclude"),
+        (["--hidden-sizes", "8"], "size mismatch|hidden"), (["--no-norm-obs"], "size mismatch|norm-obs"),
+        (["--env-id", "Acrobot-v1"], "it was made for"), (["--activation", "relu"], "activation"),
+        (["--env-id", "NoSuchWorld-v0"], "NoSuchWorld"), (["--resume", "runs/any"], "--init-from and --resume"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_in_one_line(flags, words, source, main):
     code, out, err = main("--init-from", source, *flags)
-    assert (code, out, len(err.splitlines())) == (2, "", 1) and words in err and not Path("runs").exists()
+    assert (code, out, len(err.splitlines())) == (2, "", 1) and re.search(words, err) and not Path("runs").exists()
 
 
 @pytest.mark.parametrize("damage", ["missing", "no agent", "truncated", "not finite"])
@@ -251,14 +206,8 @@ def test_a_resumed_run_never_reads_the_agent_that_it_started_from(source, main):
     shutil.copytree(source, "gone")
     flags = [*QUICK, "--run-name", "next", "--checkpoint-every", 1]
     assert main("--init-from", "gone", *flags)[0] == 0
-    whole = weights("runs/next")
-    for file in ("results.json", "model.safetensors", "checkpoint-00000004.pt"):
-        Path("runs/next", file).unlink()
     shutil.rmtree("gone")
-    assert main("--resume", "runs/next")[0] == 0
-    assert equal(weights("runs/next"), whole)
-    card = Path("runs/next/README.md").read_text()
-    assert "--init-from runs/gone" in card and str(Path.cwd()) not in card
+    assert_resumes_to_the_same("runs/next", main)
 
 
 @pytest.mark.slow
@@ -282,8 +231,8 @@ def test_a_run_starts_from_an_agent_on_the_hub_and_says_which_commit(source, onl
     assert pushed.returncode == 0, pushed.stderr
     run = command("--init-from", "tester/start", *QUICK, "--run-name", "next", env=env)
     assert run.returncode == 0, run.stderr
-    assert ppo.load_args(Path("runs/next")).init_from.startswith("tester/start@")
-    assert "--init-from tester/start@" in Path("runs/next/README.md").read_text()
+    (log,), commit = Path("runs/next").glob("*tfevents*"), online.repos["tester/start"][-1]["oid"]
+    assert f"|init_from|tester/start@{commit}|".encode() in log.read_bytes()
 
 
 # To watch it
@@ -296,50 +245,23 @@ def test_render_needs_an_agent(main):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there always is a display")
 def test_without_a_display_render_says_so_in_one_line(source):
-    done = command("--evaluate", source, "--render", env={"DISPLAY": "", "WAYLAND_DISPLAY": ""})
+    done = command("--evaluate", source, "--render", env={"DISPLAY": "", "WAYLAND_DISPLAY": ""}, timeout=30)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
-    assert "no display" in done.stderr and "--capture-video" in done.stderr
+    assert "needs a display" in done.stderr and "--capture-video" in done.stderr
 
 
-@pytest.mark.skipif(not shutil.which("Xvfb"), reason="needs Xvfb")
-@pytest.mark.parametrize("ending", ["closed", "Ctrl-C"])
-def test_a_window_shows_one_episode_after_the_other_until_the_end(ending, source):
-    read, write = os.pipe()
-    server = subprocess.Popen(["Xvfb", "-displayfd", str(write), "-screen", "0", "800x600x24"], pass_fds=[write],
-                              stderr=subprocess.DEVNULL)  # fmt: skip
-    display = ":" + os.read(read, 16).decode().strip()
-    closing = """
-import sys
-import ppo, pygame
-evaluate, shown, posted = ppo.evaluate, [], []
-def third(*args, film, **kwargs):  # what a click on the cross does, in the third episode
-    shown.append(args)
-    def filmed(worlds):
-        if len(shown) == 3 and worlds.t == 5 and not posted:
-            posted.append(1)
-            pygame.event.post(pygame.event.Event(pygame.QUIT))
-        return film(worlds)
-    return evaluate(*args, film=filmed, **kwargs)
-ppo.evaluate = third
-sys.exit(ppo.main(sys.argv[1:]))
-"""
-    env = {**os.environ, "DISPLAY": display, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    env.pop("SDL_VIDEODRIVER", None)
-    if ending == "Ctrl-C":
-        closing = closing.replace("len(shown) == 3", "False")
-    argv = [sys.executable, "-c", closing, "--evaluate", str(source), "--render"]
+def test_a_window_shows_one_episode_after_the_other_until_ctrl_c(source):
+    """Drawn by Gymnasium, on SDL's display without a screen."""
+    argv = [sys.executable, str(ROOT / "ppo.py"), "--evaluate", str(source), "--render"]
+    env = {**os.environ, "SDL_VIDEODRIVER": "dummy", "PYTHONUNBUFFERED": "1"}
     shown = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        if ending == "Ctrl-C":
-            assert any(line.startswith("return ") for line in shown.stdout)  # waits for the first episode's end
-            shown.send_signal(2)
-        out, err = shown.communicate(timeout=60)
+        lines = [shown.stdout.readline() for _ in range(2)]
+        shown.send_signal(signal.SIGINT)
+        assert shown.wait(60) == 130, shown.stderr.read()
     finally:
         shown.kill()
-        server.terminate()
-    assert shown.returncode == (0 if ending == "closed" else 130), err
-    if ending == "closed":
-        assert out.count("return ") == 3
+    assert all(re.fullmatch(r"return \d+\.00 in \d+ steps\n", line) for line in lines)
 
 
 # predict
@@ -353,17 +275,11 @@ SPACES = [
 ACTIONS = [s for s in SPACES if not isinstance(s, Dict) and not (isinstance(s, Box) and s.dtype.kind != "f")]
 
 
-def untrained(env_id, **settings):
-    args = ppo.Args(env_id=env_id, hidden_sizes=(8,), **settings)
-    envs, *_ = ppo.make_envs(args, [1])
-    envs.close()
-    return ppo.Agent(**json.loads(json.dumps(ppo.agent_config(args, envs))))
-
-
 @pytest.mark.parametrize("action", ACTIONS, ids=str)
 @pytest.mark.parametrize("obs", SPACES, ids=str)
 def test_the_environment_takes_what_predict_gives_for_what_it_showed(obs, action, register):
-    agent, env = untrained(register(functools.partial(Any, obs, action))), Any(obs, action)
+    args, env = ppo.Args(env_id=register(functools.partial(Any, obs, action)), hidden_sizes=(8,)), Any(obs, action)
+    agent = ppo.Agent(**json.loads(json.dumps(ppo.look(args))))
     shown, _ = env.reset(seed=1)
     for deterministic in (True, False):
         shown, *_ = env.step(agent.predict(shown, deterministic))
@@ -375,18 +291,8 @@ def test_the_environment_takes_what_predict_gives_for_what_it_showed(obs, action
         assert np.allclose(agent.predict(shown), answer, atol=1e-5)
 
 
-@pytest.mark.parametrize("space", SPACES, ids=str)
-def test_a_space_comes_back_from_json_as_it_was(space):
-    text = json.dumps(ppo.describe(space), allow_nan=False)
-    back = ppo.build_space(json.loads(text))
-    assert ppo.describe(back) == json.loads(text)
-    space.seed(1)
-    back.seed(1)
-    assert str(space.sample()) == str(back.sample()) or isinstance(space, (Box, Dict))  # a Box's infinity is large now
-
-
 def test_predict_equals_the_evaluation(source):
-    args, agent = ppo.load_args(source), ppo.Agent.from_pretrained(str(source), strict=True)
+    args, agent = settings(source), ppo.Agent.from_pretrained(str(source), strict=True)
     returns, lengths = ppo.evaluate(agent, args, 3)
     for seed, total in zip(ppo.seeds(args.seed, ppo.EVALUATION, n=3), returns):
         env = gym.make(args.env_id)
@@ -399,17 +305,11 @@ def test_predict_equals_the_evaluation(source):
         assert paid > 0
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (5,), (2, 5), (2, 3, 4)])
+@pytest.mark.parametrize("shape", [(), (3,), (5,), (2, 5)])
 def test_a_wrong_shape_is_a_value_error_that_names_both(shape, source):
     agent = ppo.Agent.from_pretrained(str(source), strict=True)
     with pytest.raises(ValueError, match=r"has shape \[4\].*got \[" + ", ".join(map(str, shape))):
         agent.predict(np.zeros(shape))
-
-
-def test_an_agent_that_knows_no_spaces_says_so():
-    agent = ppo.Agent([4], [], [2], hidden_sizes=[8])
-    with pytest.raises(ValueError, match="without its spaces"):
-        agent.predict(np.zeros(4))
 
 
 # EnvPool's own worlds
@@ -422,7 +322,7 @@ def test_a_world_that_envpool_alone_knows_trains_and_is_evaluated(env_id, main, 
     code, out, err = main("--env-id", env_id, "--vectorization", "envpool", *QUICK, "--eval-episodes", 2,
                           "--capture-video", "--run-name", "pool")  # fmt: skip
     assert code == 0, err
-    assert f"{env_id}: mean_reward" in out and "no video: Stop: EnvPool draws no pictures" in err
+    assert f"{env_id}: mean_reward" in out and err.startswith("warning: no video: ")
     assert main("--evaluate", "runs/pool", "--eval-episodes", 2)[0] == 0
 
 
@@ -435,7 +335,7 @@ def test_an_envpool_id_that_nobody_knows_is_refused_in_one_line(main):
 
 
 def test_two_runs_started_at_once_do_not_share_a_folder():
-    names = {ppo.Args(seed=1).run.name for _ in range(3) if time.sleep(0.002) is None}
+    names = {ppo.name_run(ppo.Args()).run.name for _ in range(3) if time.sleep(0.002) is None}
     assert len(names) == 3
 
 
@@ -449,7 +349,6 @@ def test_scores_are_in_the_logs(main):
     logs, results = scalars("runs/scored"), json.loads(Path("runs/scored/results.json").read_text())
     assert [step for step, _ in logs["eval/validation"]] == [step for step, _ in logs["charts/SPS"]][1::2]
     assert logs["eval/validation"][-1][1] == pytest.approx(results["validation"]["last"])
-    assert logs["eval/mean_reward"][-1][1] == pytest.approx(results["mean_reward"])
 
 
 def test_files_can_be_read_by_whom_the_umask_allows(source):
@@ -457,37 +356,13 @@ def test_files_can_be_read_by_whom_the_umask_allows(source):
     assert set(modes.values()) == {0o666 & ~(umask := os.umask(0))} and os.umask(umask) == 0, modes
 
 
-def test_a_pickle_is_never_opened(tmp_path):
-    with pytest.raises(ValueError, match="a pickle is not opened"):
-        ppo.Agent._load_as_pickle(None, tmp_path / "pytorch_model.bin", "cpu", True)
+class Bomb:
+    def __reduce__(self):
+        return open, ("bang", "w")
 
 
-class Stuck(gym.Env):
-    """Greedy agents that always push stay where they are, for nothing; chance gets them out, for 1 a step."""
-
-    observation_space, action_space = Box(-1, 1, (1,)), Discrete(2)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.last, self.t = 0, 0
-        return np.zeros(1, np.float32), {}
-
-    def step(self, action):
-        changed, self.last, self.t = float(action != self.last and self.t > 0), action, self.t + 1
-        return np.zeros(1, np.float32), changed, False, self.t == 50, {}
-
-
-def test_a_greedy_policy_that_is_stuck_is_warned_of(main, register):
-    code, _, err = main("--env-id", register(Stuck), *QUICK, "--preset", "none", "--eval-episodes", 10)
-    assert code == 0 and "warning: sampled it scores" in err and "--no-deterministic" in err
-
-
-def test_printed_commands_know_of_several_machines(monkeypatch):
-    for name, value in {"GROUP_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}.items():
-        monkeypatch.setenv(name, value)
-    words = "torchrun --nnodes 2 --node-rank 1 --master-addr 10.0.0.1 --master-port 29500 --nproc-per-node 3 ppo.py"
-    assert ppo.launcher(3, 2) == words.split()
-    assert ppo.launcher(1) == ["python", "ppo.py"]
-    assert ppo.launcher(2) == "torchrun --nproc-per-node 2 ppo.py".split()
-    monkeypatch.delenv("GROUP_RANK")
-    assert "--nnodes 2 --node-rank GROUP_RANK" in ppo.training_command(ppo.usual_args("CartPole-v1"), 4, 2)
+def test_a_pickle_in_place_of_an_agent_runs_no_code():
+    torch.save(Bomb(), "pytorch_model.bin")
+    with pytest.raises(pickle.UnpicklingError):
+        ppo.Agent._load_as_pickle(torch.nn.Identity(), "pytorch_model.bin", "cpu", True)
+    assert not Path("bang").exists()

@@ -57,6 +57,7 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import random
 import re
 import shlex
@@ -1147,7 +1148,8 @@ def record_video(agent: Agent, args: Args, path: Path) -> None:
 def watch(agent: Agent, args: Args) -> None:
     """One episode after the other in a window, until Ctrl-C."""
     with one_line("--render", "It needs a display, and render_mode human; --capture-video leaves a film"):
-        if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"} & os.environ.keys():
+        screens = ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")
+        if sys.platform == "linux" and not any(map(os.environ.get, screens)):
             raise OSError("no display")
         for seed in itertools.count(args.seed):
             *_, end = play(agent, replace(args, seed=seed), 1, VIDEO, 27_000, "human")
@@ -1334,13 +1336,14 @@ def finish(state: State) -> Json:
     agent = load_agent(str(run), args).to(state.agent.device)
     packages = {"torch", "gymnasium", "numpy", "Box2D", "mujoco", "ale_py", "envpool"} & sys.modules.keys()
     versions = {name: str(sys.modules[name].__version__) for name in sorted(packages)}
+    here = {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
     results = score(agent, args) | {
         "best_iteration": state.best_iteration,
         "validation": {"best": best, "last": last} if args.validation_episodes else None,
         "total_timesteps": args.total_timesteps,
         "global_step": state.global_step,
         "training_seconds": state.seconds,
-        "settings": versions | {"threads": torch.get_num_threads(), "device": agent.device.type, "ranks": rank_count()},
+        "settings": {**here, "cores": os.cpu_count(), "device": agent.device.type, "ranks": rank_count(), **versions},
         "command": state.command,
     }
     if args.capture_video or args.repo_id:

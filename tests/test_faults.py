@@ -343,13 +343,15 @@ def test_running_out_of_memory_ends_in_a_line_on_what_to_lower(error, main, monk
     assert "memory" in err and "--num-envs" in err and one_line(err)
 
 
-def test_a_run_without_a_usable_checkpoint_is_to_be_started_again(unfinished, main):
+@pytest.mark.parametrize("data", [b"", b"not a checkpoint"])
+def test_a_run_without_a_usable_checkpoint_is_to_be_started_again(data, unfinished, main):
     for path in RUN.glob("*.pt"):
-        path.write_bytes(b"not a checkpoint")
-    code, _, err = main(*RESUME)
-    assert code == 2
-    assert all(name in err for name in checkpoints())
-    assert "no usable checkpoint" in err and "To go on" not in err
+        path.write_bytes(data)
+    code, out, err = main(*RESUME)
+    assert (code, out) == (2, "")
+    *warnings, error = err.splitlines()  # one for each, the newest first
+    assert [name in line for name, line in zip(reversed(checkpoints()), warnings, strict=True)] == [True, True]
+    assert error.startswith(f"error: {RUN} has no usable checkpoint")
 
 
 def test_a_run_killed_before_its_first_checkpoint_can_be_started_again(unfinished, main):

@@ -176,19 +176,15 @@ def test_a_run_leaves_its_learning_curve(trained):
 
 def test_its_points_are_the_mean_returns_of_the_episodes_logged_in_each_iteration(trained):
     logs = scalars(trained.run)
-    ends, points = [step for step, _ in logs["charts/SPS"]], []
-    iterations = np.searchsorted(ends, [step for step, _ in logs["charts/episodic_return"]])
-    returns = np.array([value for _, value in logs["charts/episodic_return"]])
-    for i in range(len(ends)):
-        if (iterations == i).any():
-            points.append((ends[i], pytest.approx(returns[iterations == i].mean())))
+    points = zip(logs["charts/episodic_return"], logs["charts/episodic_length"])
+    points = [(step, pytest.approx(total), pytest.approx(length)) for (step, total), (_, length) in points]
     assert len(points) > 2 and checkpoint(trained.run)["curve"] == points
 
 
 @pytest.mark.parametrize("iterations", [50, 3000])
 def test_the_curve_goes_where_the_returns_went(iterations, tmp_path):
     x = np.linspace(0, 1, iterations)
-    curve = list(zip((10_000 * x).astype(int).tolist(), (500 * np.sin(5 * x)).tolist()))
+    curve = list(zip((10_000 * x).astype(int).tolist(), (500 * np.sin(5 * x)).tolist(), x.tolist()))
     ppo.draw_curve(ppo.Args(resume="."), curve)
     line = drawn(tmp_path / "curve.png")
     columns = np.flatnonzero(line.any(0))

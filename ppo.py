@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.14"
 # dependencies = [
 #     "torch==2.13.0",
 #     "gymnasium[box2d,classic-control]==1.4.0",
@@ -1224,10 +1224,10 @@ def name_run(args: Args) -> Args:
 
 def open_run(args: Args) -> State:
     """A new run's folder and state; with --resume the checkpoint's."""
+    args = name_run(args)
     check_training(args)
     if rank_count() > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    args = name_run(args)
     run, config = args.run, look(args)
     if args.norm_obs and any(part["kind"] == "pixels" for part in config["parts"]):
         raise Stop("images are scaled to [0, 1] anyway: take --no-norm-obs")
@@ -1246,8 +1246,6 @@ def open_run(args: Args) -> State:
     if args.resume:
         state.restore()
     elif rank() == 0:
-        if list(run.glob("checkpoint-*.pt")) or (run / "results.json").exists():
-            raise Stop(f"{run} exists: choose another --run-name, or --resume {run}")
         run.mkdir(parents=True, exist_ok=True)
         write_file(run / "config.json", config)
     state.checkpoint()  # a run may be killed at any moment
@@ -1535,6 +1533,7 @@ def check_training(args: Args) -> None:
     units, mine = ("environments", N // ranks) if args.lstm_hidden_size else ("rows", args.batch_size // ranks)
     priming = (args.norm_obs or args.norm_reward) and not args.init_from
     needed = args.batch_size * (1 + priming)
+    taken = [*args.run.glob("checkpoint-*.pt"), *args.run.glob("results.json")]
     wrong = {
         f"--num-envs {N} is no multiple of the {ranks} ranks": N % ranks,
         f"--num-minibatches {k} must divide the {mine} {units} of a rollout, as {math.gcd(mine, k)} does": mine % k,
@@ -1544,6 +1543,7 @@ def check_training(args: Args) -> None:
         "--compile cannot take an LSTM": args.compile and args.lstm_hidden_size,
         "--compile needs a C++ compiler": args.compile and not shutil.which(os.environ.get("CXX", "g++")),
         "--render goes with --evaluate": args.render,
+        f"{args.run} exists: choose another --run-name, or --resume {args.run}": taken and not args.resume,
         "--track takes `pip install wandb`": args.track and not importlib.util.find_spec("wandb"),
     }
     for message, is_wrong in wrong.items():

@@ -3,8 +3,8 @@
 That is true only if the stored observations are those that the actions were chosen from, and the policy is the same.
 """
 
-import os
 import copy
+import os
 
 import gymnasium as gym
 import numpy as np

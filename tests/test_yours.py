@@ -245,7 +245,8 @@ def test_render_needs_an_agent(main):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there always is a display")
 def test_without_a_display_render_says_so_in_one_line(source):
-    done = command("--evaluate", source, "--render", env={"DISPLAY": "", "WAYLAND_DISPLAY": ""}, timeout=30)
+    screens = ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")
+    done = command("--evaluate", source, "--render", env=dict.fromkeys(screens, ""), timeout=30)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert "needs a display" in done.stderr and "--capture-video" in done.stderr
 

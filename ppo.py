@@ -33,13 +33,13 @@ Letters and equations are those of Schulman et al.: "PPO" is arXiv:1707.06347, "
     c1, c2         weights of value loss and entropy bonus    --vf-coef (2 c1, of half the squared error), --ent-coef
     obs [T+1, N, D], actions [T, N, *action_shape], the rest [T, N], values of obs [T+1, N]; of a minibatch [M, ...]
 
-The end of an episode in a rollout. Gymnasium spends a step on the reset: row 2 is no transition, and is not learned.
+An episode's end in a rollout. Gymnasium spends a step on the reset: row 2 is a reset row: no transition, not learned.
 
     t               0     1     2     3     4
     obs[t]          o0    o1    o2    p0    p1     o2 is the true last observation of the episode
     actions[t]      a0    a1    -     b0    b1     taken at obs[t]; the one at o2 is ignored
     rewards[t]      r0    r1    0     q0    q1
-    terminated[t]   no    yes   no    no    no     nothing follows r1; after a truncation, gamma V(o2) does
+    terminated[t]   no    yes   no    no    no     nothing follows r1; truncated: no, and gamma V(o2) does
     done[t]         no    yes   no    no    no     the episode is over: no advantage flows back from row 2
     valid[t]        yes   yes   no    yes   yes    whether row t is a transition
 
@@ -428,7 +428,7 @@ def collect(agent: Agent, worlds: "Worlds", rollout: Rollout) -> None:
     rollout.memory.copy_(worlds.memory)
     for t in range(T):
         rollout.obs[t] = to_torch(worlds.obs, device)
-        rollout.valid[t] = ~worlds.done  # else it is the last observation of an episode
+        rollout.valid[t] = ~worlds.done  # a reset row shows the last observation of an episode
         rollout.actions[t] = agent.act(rollout.obs[t], noise[t], worlds.memory)  # writes the memory
         rollout.rewards[t], rollout.terminated[t], rollout.done[t] = worlds.step(rollout.actions[t])
     rollout.obs[T] = to_torch(worlds.obs, device)
@@ -470,7 +470,7 @@ def estimate(agent: Agent, rollout: Rollout, args: Args) -> Batch:
 
 
 def minibatches(batch: Batch, rollout: Rollout, args: Args) -> Iterator[Batch]:
-    """One epoch: the valid rows in a new order, M at a time [core 6], for memory by environments [LSTM 4]."""
+    """One epoch: the valid rows in a new order, M at a time [core 6]; LSTM: of M / T environments [LSTM 4]."""
     groups: Any = [slice(None)]  # of environments
     if args.lstm_hidden_size:
         groups = torch.randperm(rollout.valid.shape[1]).view(args.num_minibatches, -1).numpy()
@@ -525,7 +525,7 @@ def train(args: Args) -> "State":
 
     for leg in legs(state.iteration, args):
         # Environments can't be saved, so every run makes new ones here, and seeds all that is random anew: a resumed
-        # run repeats the uninterrupted one. Episodes under way are cut, as by a truncation.
+        # run repeats the uninterrupted one. Both cut episodes under way: bootstrapped, not logged.
         env_seeds = seeds(args.seed, TRAINING, rank(), leg.start, n=N)
         worlds = Worlds(args, env_seeds, leg.start * T)
         rollout = Rollout.empty(agent, worlds, T)
@@ -556,7 +556,7 @@ def train(args: Args) -> "State":
                     break
 
             update_statistics(agent, worlds, rollout)
-            state.global_step += int(rank_sum(torch.tensor(rollout.valid.sum())))  # transitions, on all ranks
+            state.global_step += int(rank_sum(torch.tensor(rollout.valid.sum())))  # without reset rows; all ranks
             state.seconds += time.perf_counter() - started
             log.write(iteration, rollout, worlds, batch)
 
@@ -570,7 +570,7 @@ def train(args: Args) -> "State":
 
 # ---- Memory: what an observation does not show -------------------------------
 class Memory(nn.LSTM):
-    """One LSTM layer between encoder and heads. Its state, h and c, is [2, N, units]."""
+    """One LSTM layer between encoder and heads. Its state, h and c, is [2, N, units]; `Worlds.step` erases it."""
 
     def __init__(self, features: int, units: int):
         super().__init__(features, units)
@@ -587,7 +587,7 @@ class Memory(nn.LSTM):
     def forward(self, features: Tensor, x: "Rollout | Chapters") -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Observations and features of all steps again [LSTM 5]; of a minibatch, at its rows.
         Each episode is a sequence; it begins at zero [LSTM 2] or, at the first row, as the rollout began."""
-        T, N, _ = features.shape
+        T, N, _ = features.shape  # a rollout's T here counts obs[T], too
         first = torch.ones(T, N, dtype=torch.bool, device=features.device)
         first[1:] = ~to_torch(x.valid, features.device)[: T - 1]  # the row after a reset
         begins = first.T.flatten().nonzero().squeeze(1)  # one environment after the other
@@ -606,7 +606,7 @@ class Memory(nn.LSTM):
 
 @dataclass
 class Chapters(Batch):
-    """A minibatch of n environments' whole rollouts, obs [T, n, D], of which M valid rows are learned."""
+    """A minibatch: obs [T, n, D], all that n environments showed, to remember; the rest [M], to learn."""
 
     valid: np.ndarray  # [T, n]
     memory: Tensor  # [2, n, units]
@@ -1161,7 +1161,7 @@ def watch(agent: Agent, args: Args) -> None:
 # ---- The run's folder: settings, checkpoints, logs ---------------------------
 @dataclass
 class State:
-    """A run as it stands. All but its settings is in each checkpoint; all that is random follows from them."""
+    """A run as it stands. All but its settings is in each checkpoint; randomness follows from seed and iteration."""
 
     args: Args
     agent: Agent

@@ -1455,7 +1455,7 @@ def push(args: Args, results: Json) -> None:
     with one_line(f"the push to {args.repo_id}", remedy, code=1):
         write_file(args.run / "README.md", model_card(args, args.repo_id, results).encode())
         url = hub.upload_folder(
-            repo_id=args.repo_id,
+            repo_id=hub.create_repo(args.repo_id, private=args.private or None, exist_ok=True).repo_id,
             folder_path=args.run,
             commit_message=f"PPO plays {args.env_id}",
             allow_patterns=[*POLICY, *OLD, "README.md", "results.json", "curve.png", "*.py", "requirements.txt"],

@@ -1241,8 +1241,8 @@ def open_run(args: Args) -> State:
                 if getattr(source.settings, name) != getattr(args, name):
                     raise ValueError(f"{flag(name)} differs")
             agent.load_state_dict(source.state_dict())
-    command = shlex.join(["python", SCRIPT, *hide_home(sys.argv[1:])])
-    state = State(args, agent, Adam(agent), args.learning_rate, command)
+    typed = sys.argv[1:] if sys.argv[0].endswith(SCRIPT) else ["--env-id", args.env_id]  # another program has its own
+    state = State(args, agent, Adam(agent), args.learning_rate, shlex.join(["python", SCRIPT, *hide_home(typed)]))
     if args.resume:
         state.restore()
     elif rank() == 0:

@@ -1023,13 +1023,12 @@ def choose_device(args: Args, parts: list[Json]) -> torch.device:
     """Also sets the threads: on a small MLP, a GPU or a second thread costs more than it gives."""
     large = any(map(is_large, parts)) or max(args.hidden_sizes, default=0) >= 1024
     gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    found = torch.cuda.device_count() > gpu.index
+    found = torch.cuda.device_count() >= (mates := int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if args.device == "cuda" and not found:
         raise Stop("torch finds no GPU for each process: use --device auto or cpu")
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if "OMP_NUM_THREADS" not in os.environ:
         rows = args.batch_size // rank_count() // args.num_minibatches
-        torch.set_num_threads(max(1, min(cores, 1 + rows // 128)) if large else 1)
+        torch.set_num_threads(max(1, min((os.cpu_count() or 1) // mates, 1 + rows // 128)) if large else 1)
     if args.device == "cpu" or not found or (args.device == "auto" and not large):
         able = torch.cpu.get_capabilities()  # elsewhere bfloat16 is emulated, and slow
         CNN.in_bfloat16 = any(able[name] for name in able if "bf16" in name)
@@ -1242,7 +1241,8 @@ def open_run(args: Args) -> State:
                     raise ValueError(f"{flag(name)} differs")
             agent.load_state_dict(source.state_dict())
     typed = sys.argv[1:] if sys.argv[0].endswith(SCRIPT) else ["--env-id", args.env_id]  # another program has its own
-    state = State(args, agent, Adam(agent), args.learning_rate, shlex.join(["python", SCRIPT, *hide_home(typed)]))
+    command = f"{LAUNCH} {SCRIPT} {shlex.join(hide_home(typed))}".rstrip()
+    state = State(args, agent, Adam(agent), args.learning_rate, command)
     if args.resume:
         state.restore()
     elif rank() == 0:
@@ -1392,7 +1392,7 @@ def one_line(what: str, remedy: str, code: int = 2):
 
 
 def find_policy(name: str, env_id: str = "") -> tuple[str, Path, Json]:
-    """Name, folder and config.json of an agent: in a run's folder, or in a stranger's repo, pinned to one commit."""
+    """Name, folder and config.json of an agent: a run's, trusted, or one in a stranger's repo, pinned to one commit."""
     folder = Path(name).expanduser()
     with one_line(f"loading {name}", "Is it a run's folder, or a repo that ppo.py pushed?"):
         if stranger := not folder.is_dir():
@@ -1619,6 +1619,7 @@ TABLE: list[tuple] = [
 PRESETS: dict[str, Json] = {name: dict(zip(COLUMNS, numbers)) | more for name, *numbers, more in TABLE}
 
 SCRIPT = Path(__file__).name  # in printed commands; a script that imports this one sets its own
+LAUNCH = f"torchrun --nproc-per-node {rank_count()}" if rank_count() > 1 else "python"
 MODES = ("evaluate", "init_from", "resume", "push")
 # What may differ when a run is resumed or pushed
 FREE = ("device", "render", "track", "wandb_project_name", "wandb_entity", "repo_id", "private", "capture_video")
@@ -1643,7 +1644,7 @@ def preset_args(args: Args) -> Args:
 
 # ---- The program -------------------------------------------------------------
 def hide_home(words: list[str]) -> list[str]:
-    return [word.replace(f"{Path.home()}/", "~/") for word in words]
+    return [re.sub(rf"(?<!\w){re.escape(os.path.expanduser('~'))}/", "~/", word) for word in words]
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -1725,21 +1726,20 @@ def main(argv: list[str] | None = None) -> int:
         run_command(args := parse_args(argv))
     except BaseException as error:
         if args and (args.run / "config.json").exists() and not (args.run / "results.json").exists():
-            start = f"torchrun --nproc-per-node {rank_count()}" if rank_count() > 1 else "python"
-            go_on = f"\nTo go on: {start} {SCRIPT} --resume {args.run}"
+            go_on = f"\nTo go on: {LAUNCH} {SCRIPT} --resume {args.run}"
         match error:
             case KeyboardInterrupt():
                 message, code = "stopped", 128 + (*error.args, signal.SIGINT)[0]
             case Stop():
                 message, code = f"error: {error}", error.code
-            case MemoryError() | RuntimeError() if "memory" in repr(error).lower():
+            case MemoryError() | RuntimeError() if "memory" in repr(error).lower() and not hasattr(error, "__notes__"):
                 message, code = "error: out of memory: lower --num-envs, --num-steps or --hidden-sizes", 1
             case OSError() if error.errno and not hasattr(error, "__notes__"):  # not an environment's
                 message, code = f"error: {error.strerror}, in {args.run if args else Path.cwd()}", 1
             case _:
                 error.add_note(go_on)
                 raise
-        if code != 2 or rank() == 0:  # one says what all know
+        if code != 2 or rank() == 0 or dist.is_initialized():  # before that, one says what all know
             print(message if code == 2 else message + go_on, file=sys.stderr)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -43,7 +43,7 @@ An episode's end in a rollout. Gymnasium spends a step on the reset: row 2 is a 
     done[t]         no    yes   no    no    no     the episode is over: no advantage flows back from row 2
     valid[t]        yes   yes   no    yes   yes    whether row t is a transition
 
-[core 7] is the seventh core detail of "The 37 Implementation Details of PPO" (Huang et al. 2022), and so on.
+[core 7] is the seventh core detail of "The 37 Implementation Details of PPO" (Huang et al. 2022).
 runs/reference/details.md lists where this page departs from the paper and from other scripts.
 """
 
@@ -106,7 +106,7 @@ class Args:
     # Where the agent acts
     env_id: str = "CartPole-v1"  # Gymnasium id; `my_module:MyEnv-v0` imports your own module first
     env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # its options: `is_slippery False`
-    preset: str = ""  # where all defaults come from, see PRESETS; if not given, the one that fits the world
+    preset: str = ""  # where defaults come from, see PRESETS; if not given, what fits the world
     num_envs: Count = 4  # N, environments side by side
     vectorization: Literal["auto", "sync", "async", "envpool"] = "auto"  # auto: the environment's own, else sync
     frame_stack: Count = 1  # see the last so many observations at once
@@ -116,7 +116,7 @@ class Args:
     clip_reward: bool = False  # learn from the sign of the reward only
     norm_reward: bool = False  # divide rewards by the running deviation of their discounted sum
     # How it learns
-    total_timesteps: Positive = 500_000  # over all environments, resets counted; 1e6 is a number, too
+    total_timesteps: Positive = 500_000  # of all environments, resets counted; 1e6 will do
     num_steps: Annotated[int, "2 or more: one could be all resets", lambda x: x >= 2] = 128  # T; 32 to 2048
     update_epochs: Count = 4  # K, passes over each rollout; 3 to 20
     num_minibatches: Count = 4  # per epoch, of M = N T / num_minibatches rows
@@ -151,13 +151,13 @@ class Args:
     init_from: str | None = None  # start a new run with such an agent, and its settings
     resume: str | None = None  # go on from the last checkpoint in a run's folder
     push: str | None = None  # push a finished run's folder to --repo-id
-    repo_id: str | None = None  # Hub repo to push to; log in with `hf auth login` or set HF_TOKEN
+    repo_id: str | None = None  # Hub repo to push to; log in with `hf auth login`, or set HF_TOKEN
     private: bool = False  # make that repo private
     track: bool = False  # mirror the logs to Weights & Biases
     wandb_project_name: str = "ppo"
     wandb_entity: str | None = None  # a team
     # What it runs on
-    seed: Natural = 1  # of weights, environments, actions, minibatches
+    seed: Natural = 1  # of all that is random
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU for images and wide networks, else the CPU
     compile: bool = False  # compile the loss and its gradient; pays off in long runs
     checkpoint_every: Natural = 0  # iterations; 0: a tenth of the run, or 5 full episodes if that is more
@@ -276,7 +276,7 @@ class Agent(nn.Module, hub.PyTorchModelHubMixin):
         return action.view((*action.shape[:-1], *self.action_shape))
 
     def predict(self, obs: Any, deterministic: bool = True, mask: Any = None) -> np.ndarray:
-        """What `env.step` takes for what the environment showed, in NumPy; also a batch, for a batch."""
+        """What `env.step` takes for what it showed, in NumPy; a batch for a batch."""
         return predict(self, obs, deterministic, mask)
 
     def reset(self) -> None:  # an episode begins
@@ -428,7 +428,7 @@ def collect(agent: Agent, worlds: "Worlds", rollout: Rollout) -> None:
     rollout.memory.copy_(worlds.memory)
     for t in range(T):
         rollout.obs[t] = to_torch(worlds.obs, device)
-        rollout.valid[t] = ~worlds.done  # a reset row shows the last observation of an episode
+        rollout.valid[t] = ~worlds.done  # a reset row shows an episode's last observation
         rollout.actions[t] = agent.act(rollout.obs[t], noise[t], worlds.memory)  # writes the memory
         rollout.rewards[t], rollout.terminated[t], rollout.done[t] = worlds.step(rollout.actions[t])
     rollout.obs[T] = to_torch(worlds.obs, device)
@@ -578,7 +578,7 @@ class Memory(nn.LSTM):
             nn.init.zeros_(x) if "bias" in name else nn.init.orthogonal_(x)
 
     def step(self, features: Tensor, memory: Tensor) -> Tensor:
-        """One step of N environments, [N, features] to [N, units], or of one; `memory` is written anew, in place."""
+        """One step, [N, features] to [N, units], or of one environment; `memory` is written anew."""
         state = memory.to(features.device).split(1)
         out, state = super().forward(features.reshape(1, -1, self.input_size), state)
         memory.copy_(torch.cat(state))
@@ -647,7 +647,7 @@ def describe_action(space: gym.Space, rescale: bool) -> Json:
             finite = rescale & (high - low < 1e37)
             center = np.where(finite, (low + high) / 2, 0)
             scale = np.where(finite, (high - low) / 2, 1)
-            more |= dict(low=low.tolist(), high=high.tolist(), center=center.tolist(), scale=scale.tolist())
+            more["box"] = np.array([low, high, center, scale]).tolist()
         case _:
             raise Stop(f"actions are {space}; supported: Discrete, MultiDiscrete, MultiBinary, Box of floats")
     return describe(space)[0] | more
@@ -677,7 +677,7 @@ def to_env(actions: Tensor, action: Json) -> np.ndarray:
     if "nvec" in action:
         choice = choice + action["start"]
     else:
-        low, high, center, scale = (np.array(action[name]) for name in ("low", "high", "center", "scale"))
+        low, high, center, scale = np.array(action["box"])
         choice = (center + scale * choice).clip(low, high)
     return choice.astype(action["type"], copy=False)
 
@@ -701,7 +701,7 @@ def predict(agent: Agent, obs: Any, deterministic: bool, mask: Any) -> np.ndarra
 
 
 def find_white(space: spaces.Box) -> float:
-    """What pixels are divided by; 0 for no image. Bytes may be one in two axes, other numbers up to 255 in three."""
+    """What pixels are divided by; 0 for no image: bytes in two axes, or numbers up to 255 in three."""
     fewest = 2 if space.dtype == np.uint8 else 3
     if not fewest <= len(space.shape) <= 4 or sorted(space.shape)[-2] < 5:
         return 0.0
@@ -729,7 +729,7 @@ SMALL_BYTES = torch.cat([torch.eye(256)[:, 1:16], torch.linspace(0, 1, 256).unsq
 class CNN(nn.Sequential):
     """The Nature CNN (Mnih et al. 2015); below 36 x 36 pixels MinAtar's (Young & Tian 2019)."""
 
-    in_bfloat16 = False  # products, not weights: see choose_device
+    in_bfloat16 = False  # see choose_device
 
     def __init__(self, part: Json):
         self.shape, self.white, large = part["shape"], part["white"], is_large(part)
@@ -774,7 +774,7 @@ class Senses(nn.ModuleList):
 
 # ---- Running statistics, for normalisation -----------------------------------
 class RunningMeanStd(nn.Module):
-    """Mean and variance of all rows so far, over all ranks, from deviations from the old mean."""
+    """Mean and variance of all rows so far, over all ranks."""
 
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()
@@ -797,7 +797,7 @@ class RunningMeanStd(nn.Module):
 
 
 def lacks_statistics(agent: Agent) -> bool:
-    """Whether a normaliser in use has seen nothing yet."""
+    """Whether a normaliser in use has seen nothing."""
     args = agent.settings
     normalisers = [(args.norm_obs, agent.obs_stats), (args.norm_reward, agent.return_stats)]
     return any(used and not stats.count.any() for used, stats in normalisers)
@@ -815,7 +815,7 @@ def update_statistics(agent: Agent, worlds: "Worlds", rollout: Rollout) -> None:
 
 
 def accumulate(x: np.ndarray, done: np.ndarray, carry: np.ndarray, gamma: float = 1.0) -> np.ndarray:
-    """Discounted sums of x within episodes, [T, N]; `carry` [N]: those of episodes under way."""
+    """Discounted sums of x within episodes, [T, N]; `carry`, [N]: of those under way."""
     sums = np.empty(x.shape)
     for t in range(len(x)):
         carry[:] = gamma * carry + x[t]
@@ -829,12 +829,12 @@ TRAINING, VALIDATION, EVALUATION, VIDEO, WEIGHTS, SAMPLING = range(6)  # streams
 
 
 def seeds(seed: int, *stream: int, n: int = 1) -> list[int]:
-    """n independent ones; with seed + i, the second world of seed 1 would be the first of seed 2."""
+    """n independent ones; seed + i would give seed 1's second world to seed 2."""
     return [int(s) >> 1 for s in np.random.SeedSequence([seed, *stream]).generate_state(n)]
 
 
 class Worlds:
-    """As many environments as seeds, what they show, and what belongs to their episodes under way."""
+    """As many environments as seeds, what they show, and what their episodes under way need."""
 
     def __init__(self, args: Args, seeds: list[int], t: int = 0, training: bool = True, render: str = ""):
         self.args, self.t, n = args, t, len(seeds)  # t: steps so far
@@ -905,7 +905,7 @@ def find_masks(worlds: Worlds) -> str | None:
 
 
 def read_masks(worlds: Worlds, obs: Any) -> np.ndarray:
-    """Whether each choice is allowed, [N, sum(nvec)]; all, if nothing is told or the episode is over."""
+    """Whether each choice is allowed, [N, sum(nvec)]; all, if untold or the episode is over."""
     n, told, nvec = len(worlds.done), ~worlds.done, worlds.action["nvec"]
     if worlds.masks == "observation":
         given = obs["action_mask"].reshape(n, worlds.args.frame_stack, -1)[:, -1]  # of a stack, the newest
@@ -927,7 +927,7 @@ def read_masks(worlds: Worlds, obs: Any) -> np.ndarray:
 
 
 def make_envs(args: Args, seeds: list[int], training: bool, render: str) -> tuple[Any, Any]:
-    """The vector environment, and the seeds for its reset. Scores are of Gymnasium's own, in this process."""
+    """The vector environment, and the seeds for its reset; to score, of Gymnasium's own, in this process."""
     env_id, n, mode = args.plain_id, len(seeds), args.vectorization
     reset_seed: Any = seeds
     options: Any = {k: os.path.expanduser(v) if isinstance(v, str) else v for k, v in args.env_kwargs.items()}
@@ -984,7 +984,7 @@ def register(env_id: str) -> None:
 
 
 def look(args: Args) -> Json:
-    """config.json, the Agent's arguments: what an environment shows and takes, and the settings."""
+    """config.json, the Agent's arguments."""
     worlds = Worlds(args, seeds(args.seed, TRAINING))
     worlds.envs.close()
     return {"parts": worlds.parts, "action": worlds.action, "masks": worlds.masks} | run_settings(args)
@@ -1025,7 +1025,7 @@ def choose_device(args: Args, parts: list[Json]) -> torch.device:
     gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     found = torch.cuda.device_count() >= (mates := int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if args.device == "cuda" and not found:
-        raise Stop("torch finds no GPU for each process: use --device auto or cpu")
+        raise Stop("torch finds no GPU for each process: use --device auto")
     if "OMP_NUM_THREADS" not in os.environ:
         rows = args.batch_size // rank_count() // args.num_minibatches
         torch.set_num_threads(max(1, min((os.cpu_count() or 1) // mates, 1 + rows // 128)) if large else 1)
@@ -1051,7 +1051,7 @@ def compile_gradient(agent: Agent) -> Callable:
 
 
 class Adam(nn.Module):
-    """Adam (Kingma & Ba 2015) on theta, one vector, of which all parameters are views: a few operations for all."""
+    """Adam (Kingma & Ba 2015) on theta, one vector, of which all parameters are views."""
 
     def __init__(self, agent: Agent):
         super().__init__()
@@ -1070,7 +1070,7 @@ class Adam(nn.Module):
 # ---- Play: evaluation, film, window ------------------------------------------
 @torch.inference_mode()
 def play(agent: Agent, args: Args, episodes: int, stream: int, limit: int, render: str = "") -> Iterator[Worlds]:
-    """An episode in each of so many fresh environments, num_envs at a time: the worlds at each step."""
+    """An episode in each of so many fresh environments, num_envs at a time, step by step."""
     starts, N = seeds(args.seed, stream, n=episodes), args.num_envs
     for i in range(0, episodes, N):
         worlds = Worlds(args, starts[i : i + N], training=False, render=render)
@@ -1129,7 +1129,7 @@ def record_video(agent: Agent, args: Args, path: Path) -> None:
         for worlds in play(agent, args, 1, VIDEO, 3_000, "rgb_array"):
             if worlds.envs.render_mode:
                 frame = np.ascontiguousarray(worlds.envs.render()[0])
-            else:  # Atari's newest frame, as the agent sees it, but larger
+            else:  # Atari's newest frame, larger
                 frame = np.kron(worlds.obs[0].reshape(4, 84, 84)[-1, ..., None], np.ones((4, 4, 3), np.uint8))
             if worlds.t == 0:
                 fps, size = worlds.envs.metadata.get("render_fps", 15), frame.shape[1::-1]
@@ -1146,7 +1146,7 @@ def record_video(agent: Agent, args: Args, path: Path) -> None:
 
 def watch(agent: Agent, args: Args) -> None:
     """One episode after the other in a window, until Ctrl-C."""
-    with one_line("--render", "It needs a display, and render_mode human; --capture-video leaves a film"):
+    with one_line("--render", "It needs a display and render_mode human; --capture-video leaves a film"):
         screens = ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")
         if sys.platform == "linux" and not any(map(os.environ.get, screens)):
             raise OSError("no display")
@@ -1160,7 +1160,7 @@ def watch(agent: Agent, args: Args) -> None:
 # ---- The run's folder: settings, checkpoints, logs ---------------------------
 @dataclass
 class State:
-    """A run as it stands. All but its settings is in each checkpoint; randomness follows from seed and iteration."""
+    """A run as it stands: a checkpoint has all but its settings. Randomness follows from seed and iteration."""
 
     args: Args
     agent: Agent
@@ -1169,11 +1169,11 @@ class State:
     command: str  # that started the run
     iteration: int = 0
     global_step: int = 0  # transitions, over all ranks
-    seconds: float = 0.0  # of training, not of validation and checkpoints
+    seconds: float = 0.0  # of training alone
     score: float = -math.inf
     best_score: float = -math.inf
     best_iteration: int = 0
-    curve: list[tuple] = field(default_factory=list)  # step, mean return and length of an iteration's episodes
+    curve: list[tuple] = field(default_factory=list)  # step, mean return and length, of iterations
     log: Any = None
 
     def checkpoint(self) -> None:
@@ -1201,7 +1201,7 @@ class State:
                 saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
                 self.agent.load_state_dict(saved.pop("agent"))
                 self.optimizer.load_state_dict(saved.pop("optimizer"))
-            except Exception as error:  # there are many ways to refuse bytes
+            except Exception as error:
                 warn(f"{path} is unusable ({brief(error)}); trying the one before it")
                 continue
             return vars(self).update(saved | {"args": self.args})
@@ -1209,7 +1209,7 @@ class State:
 
 
 def legs(start: int, args: Args) -> Iterator[range]:
-    """The iterations between checkpoints. These cut episodes, so by default five of full length fit in."""
+    """The iterations between checkpoints, which cut episodes: by default five full ones fit in."""
     limit = getattr(gym.registry.get(args.plain_id), "max_episode_steps", None) or 0
     every = args.checkpoint_every or max(args.num_iterations // 10, math.ceil(5 * limit / args.num_steps), 1)
     for first in range(start, args.num_iterations, every):
@@ -1248,7 +1248,7 @@ def open_run(args: Args) -> State:
     elif rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         write_file(run / "config.json", config)
-    state.checkpoint()  # a run may be killed at any moment
+    state.checkpoint()
     if rank() == 0:
         masks = f"   action masks: by {agent.masks}" if agent.masks else ""
         print(f"run: {run}   preset: {args.preset or 'none'}   device: {device.type}{masks}", flush=True)
@@ -1277,7 +1277,7 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter
 
         with mock.patch("socket.gethostname", lambda: "localhost"):  # host names are private
-            purge = state.global_step + 1 if args.resume else None  # what a killed run logged after its checkpoint
+            purge = state.global_step + 1 if args.resume else None  # what was logged after it
             self.writer = SummaryWriter(run, purge_step=purge, flush_secs=10)
         rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
         self.writer.add_text("hyperparameters", f"|parameter|value|\n|-|-|\n{rows}")
@@ -1319,12 +1319,12 @@ class Log:
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var[returns - values] / Var[returns]: 1 for a perfect critic, 0 for one no better than a constant."""
+    """1 - Var[returns - values] / Var[returns]: 1 for a perfect critic, 0 for a constant one."""
     return (1 - (returns - values).var() / returns.var()).item()
 
 
 def finish(state: State) -> Json:
-    """Score and film the agent that was kept, and leave all else that a push needs. Returns results.json."""
+    """Score and film the agent that was kept; leave what a push needs. Returns results.json."""
     args, run, best, last = state.args, state.args.run, state.best_score, state.score
     if args.validation_episodes:
         print(
@@ -1392,7 +1392,7 @@ def one_line(what: str, remedy: str, code: int = 2):
 
 
 def find_policy(name: str, env_id: str = "") -> tuple[str, Path, Json]:
-    """Name, folder and config.json of an agent: a run's, trusted, or one in a stranger's repo, pinned to one commit."""
+    """Name, folder and config.json of an agent: a run's, trusted, or a stranger's, pinned to one commit."""
     folder = Path(name).expanduser()
     with one_line(f"loading {name}", "Is it a run's folder, or a repo that ppo.py pushed?"):
         if stranger := not folder.is_dir():
@@ -1435,7 +1435,7 @@ def load_agent(name: str, args: Args) -> Agent:
     """Its files must be what an agent for this environment would save."""
     _, folder, config = find_policy(name, args.env_id)
     with one_line(f"loading {name}", f"Is it an agent for {args.env_id} with these settings?"):
-        shared = ("shape", "nvec", "start")  # bounds and types are EnvPool's, or Gymnasium's
+        shared = ("shape", "nvec", "start")  # the rest may be EnvPool's
         saved, needed = ([c["parts"], c["masks"], *map(c["action"].get, shared)] for c in (config, look(args)))
         if saved != needed:
             raise ValueError(f"it was made for {saved}, not {needed}")
@@ -1716,7 +1716,7 @@ def run_command(args: Args) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Its exit code: 2 for what was known before training, 1 for what failed later, 128 + a signal's."""
+    """Its exit code: 2 for what ends before training, 1 for what fails later, 128 + n by signal n."""
     args, go_on, code = None, "", 0
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")

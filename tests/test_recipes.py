@@ -189,7 +189,8 @@ def test_an_agent_in_onnx_acts_as_the_agent_does(env_id, runs, tmp_path):
     assert not list(tmp_path.glob("agent.onnx.*"))  # one file
     if env_id == "Pendulum-v1":  # whose torque is up to 2
         (stretch,) = re.findall(r"`(np\.clip\(.*?\))`", PAGE)
-        names = json.loads((runs[env_id] / "config.json").read_text())["action"] | {"np": np, "actions": found}
+        box = map(np.array, json.loads((runs[env_id] / "config.json").read_text())["action"]["box"])
+        names = dict(zip(("low", "high", "center", "scale"), box), np=np, actions=found)
         taken = ppo.Agent.from_pretrained(runs[env_id], strict=True).predict(obs)
         np.testing.assert_allclose(eval(stretch, names), taken, rtol=1e-5, atol=1e-6)
 

@@ -1281,7 +1281,8 @@ class Log:
             self.writer = SummaryWriter(run, purge_step=purge, flush_secs=10)
         rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
         self.writer.add_text("hyperparameters", f"|parameter|value|\n|-|-|\n{rows}")
-        self.bar = tqdm(total=args.total_timesteps, initial=state.global_step, unit_scale=True, disable=None)
+        steps: Any = dict(total=args.total_timesteps, initial=state.global_step, unit=" steps", unit_scale=True)
+        self.bar = tqdm(**steps, disable=None)  # where there is no terminal
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         self.names = list(metrics)
@@ -1326,11 +1327,9 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 def finish(state: State) -> Json:
     """Score and film the agent that was kept; leave what a push needs. Returns results.json."""
     args, run, best, last = state.args, state.args.run, state.best_score, state.score
-    if args.validation_episodes:
-        print(
-            f"kept: the agent of iteration {state.best_iteration}, validation {best:.2f}; last {last:.2f}", flush=True
-        )
     state.log.bar.close()
+    if args.validation_episodes:
+        print(f"kept: the agent of iteration {state.best_iteration}, validation {best:.2f}; last {last:.2f}")
     agent = load_agent(str(run), args).to(state.agent.device)
     packages = {"torch", "gymnasium", "numpy", "Box2D", "mujoco", "ale_py", "envpool"} & sys.modules.keys()
     versions = {name: str(sys.modules[name].__version__) for name in sorted(packages)}

@@ -217,7 +217,7 @@ def test_a_progress_bar_on_a_terminal_shows_steps_return_speed_and_time_left():
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(Terminal()) as err:
         assert ppo.main(FLAGS) == 0
     last = err.getvalue().split("\r")[-1]
-    assert re.search(r"\d+%\|.*\| [\d.]+k/2\.05k \[\d\d:\d\d<\d\d:\d\d, .*it/s, return \d+\.\d\]", last)
+    assert re.search(r"\d+%\|.*\| [\d.]+k/2\.05k \[\d\d:\d\d<\d\d:\d\d, .* steps/s, return \d+\.\d\]", last)
 
 
 # The agent, loaded again

@@ -16,28 +16,19 @@
 """Proximal Policy Optimization (PPO) in one file: train, watch, evaluate, resume, share.
 
     python ppo.py                                               # CartPole-v1, solved within seconds
-    python ppo.py --env-id LunarLander-v3 --seed 2              # any Gymnasium id, any flag
-    python ppo.py --evaluate runs/<run> --capture-video         # play it again and leave replay.mp4
     python ppo.py --resume runs/<run>                           # go on after a crash, bit for bit
     python ppo.py --env-id LunarLander-v3 --repo-id me/lander   # train, evaluate, film, push to the Hub
     torchrun --nproc-per-node 2 ppo.py --env-id LunarLander-v3  # one run, split over two processes
 
-Letters and equations are those of Schulman et al.: "PPO" is arXiv:1707.06347, "GAE" arXiv:1506.02438.
+Letters are those of Schulman et al., as the settings name them: "PPO" is arXiv:1707.06347, "GAE" arXiv:1506.02438;
+theta are all parameters, in one vector; a minibatch has M rows, and shapes [M, ...].
 
-    N              actors: environments side by side          --num-envs
-    T              steps in each of them per rollout          --num-steps
-    K              epochs over the N T rows of a rollout      --update-epochs
-    M              rows of a minibatch                        N T / --num-minibatches
-    epsilon        how far the ratio r(theta) may leave 1     --clip-coef; theta: all parameters, in one vector
-    gamma, lambda  discount, decay of GAE                     --gamma, --gae-lambda
-    c1, c2         weights of value loss and entropy bonus    --vf-coef (2 c1, of half the squared error), --ent-coef
-    obs [T+1, N, D], actions [T, N, *action_shape], the rest [T, N], values of obs [T+1, N]; of a minibatch [M, ...]
+    obs [T+1, N, D], actions [T, N, *action_shape], values of obs [T+1, N], the rest [T, N]
 
 An episode's end in a rollout. Gymnasium spends a step on the reset: row 2 is a reset row: no transition, not learned.
 
     t               0     1     2     3     4
     obs[t]          o0    o1    o2    p0    p1     o2 is the true last observation of the episode
-    actions[t]      a0    a1    -     b0    b1     taken at obs[t]; the one at o2 is ignored
     rewards[t]      r0    r1    0     q0    q1
     terminated[t]   no    yes   no    no    no     nothing follows r1; truncated: no, and gamma V(o2) does
     done[t]         no    yes   no    no    no     the episode is over: no advantage flows back from row 2
@@ -47,17 +38,18 @@ An episode's end in a rollout. Gymnasium spends a step on the reset: row 2 is a 
 runs/reference/details.md lists where this page departs from the paper and from other scripts.
 """
 
+import ast
 import contextlib
+import copy
 import fnmatch
 import hashlib
-import importlib.util
+import importlib
+import inspect
 import io
-import itertools
 import json
 import math
 import multiprocessing
 import os
-import platform
 import random
 import re
 import shlex
@@ -65,7 +57,6 @@ import shutil
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial, reduce
@@ -81,7 +72,9 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import tyro
+from filelock import FileLock
 from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 from huggingface_hub.dataclasses import type_validator
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -96,6 +89,10 @@ Natural = Annotated[int, "0 or more", lambda x: x >= 0]
 Positive = Annotated[float, "above 0 and finite", lambda x: 0 < float(x) < math.inf]
 Weight = Annotated[float, "0 or more, and finite", lambda x: 0 <= x < math.inf]
 Fraction = Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1]
+Options = Annotated[dict[str, Any], "", lambda x: True, tyro.constructors.PrimitiveConstructorSpec(
+    "*", "NAME VALUE ...", lambda words: {a: read_option(b) for a, b in zip(words[::2], words[1::2], strict=True)},
+    lambda x: True, lambda x: [], _action="append")]  # fmt: skip
+Name = Annotated[str, "one plain folder name", lambda x: re.fullmatch(r"(\w[\w.=+-]*)?", x)]
 Sizes = Annotated[tuple[int, ...], "1 or more each", lambda x: min(x, default=1) >= 1]
 
 
@@ -105,10 +102,10 @@ class Args:
 
     # Where the agent acts
     env_id: str = "CartPole-v1"  # Gymnasium id; `my_module:MyEnv-v0` imports your own module first
-    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # its options: `is_slippery False`
+    env_kwargs: Options = field(default_factory=dict)  # its options: `is_slippery False map_name 8x8`
     preset: str = ""  # where defaults come from, see PRESETS; if not given, what fits the world
     num_envs: Count = 4  # N, environments side by side
-    vectorization: Literal["auto", "sync", "async", "envpool"] = "auto"  # auto: the environment's own, else sync
+    vectorization: Literal["auto", "sync", "async"] = "auto"  # auto: the environment's own, else sync
     frame_stack: Count = 1  # see the last so many observations at once
     rescale_actions: bool = True  # stretch continuous actions from [-1, 1] to the bounds of their Box
     action_masks: bool = True  # never choose what the environment forbids, where it tells
@@ -121,7 +118,7 @@ class Args:
     update_epochs: Count = 4  # K, passes over each rollout; 3 to 20
     num_minibatches: Count = 4  # per epoch, of M = N T / num_minibatches rows
     learning_rate: Positive = 2.5e-4  # Adam's step size; 1e-4 to 3e-3
-    anneal_lr: bool = True  # lower it linearly to zero
+    anneal_lr: bool = True  # lower it, or its bound by --desired-kl, linearly to zero
     gamma: Fraction = 0.99  # discount; 0.9 to 0.999
     gae_lambda: Fraction = 0.95  # lambda of GAE, from bias (0) to variance (1); 0.8 to 0.99
     clip_coef: Positive = 0.2  # epsilon of the clipped objective; 0.1 to 0.3
@@ -131,7 +128,7 @@ class Args:
     vf_coef: Weight = 0.5  # 2 c1, weight of the value loss
     max_grad_norm: Positive = 0.5  # global norm that gradients are clipped to
     target_kl: Weight = 0.0  # skip the epochs after one whose mean KL exceeds this; 0: off, or 0.01 to 0.05
-    desired_kl: Weight = 0.0  # instead of annealing, keep the KL of an epoch near this; 0: off, or 0.005 to 0.02
+    desired_kl: Weight = 0.0  # keep the KL of an epoch near this, by up to 10 times the rate; 0: off, or 0.01
     # What learns
     hidden_sizes: Sizes = (64, 64)  # layers of actor and critic (images: of the heads on the CNN)
     activation: Literal["tanh", "relu"] = "tanh"  # between those layers
@@ -141,26 +138,19 @@ class Args:
     # How it is scored
     validation_episodes: Natural = 10  # at each checkpoint, to keep the best agent
     eval_episodes: Count = 100  # at the end
-    deterministic: bool = True  # score and film the policy's mode; --no-deterministic samples
+    deterministic: bool = True  # score and film the mode; --no-deterministic samples
     capture_video: bool = False  # leave replay.mp4, one episode; with --repo-id always
-    render: bool = False  # with --evaluate: a window to watch, until Ctrl-C, instead of a score
-    # What a run is called, what is done with one that is there already, and where it is shared
-    exp_name: str = "ppo"  # part of the run's name
-    run_name: str = ""  # folder under runs/; if not given {env_id}__{exp_name}__{seed}__{time}
+    # What a run is called, begins with and leaves
+    run_name: Name = ""  # folder under runs/; if not given {env_id}__ppo__{seed}__{time}
     evaluate: str | None = None  # play the agent of a run's folder or a Hub repo (me/name, me/name@revision)
     init_from: str | None = None  # start a new run with such an agent, and its settings
-    resume: str | None = None  # go on from the last checkpoint in a run's folder
-    push: str | None = None  # push a finished run's folder to --repo-id
-    repo_id: str | None = None  # Hub repo to push to; log in with `hf auth login`, or set HF_TOKEN
-    private: bool = False  # make that repo private
-    track: bool = False  # mirror the logs to Weights & Biases
-    wandb_project_name: str = "ppo"
-    wandb_entity: str | None = None  # a team
+    resume: str | None = None  # go on from a run's last checkpoint; once finished, push it
+    repo_id: str | None = None  # Hub repo to push to; `hf auth login` or HF_TOKEN
     # What it runs on
     seed: Natural = 1  # of all that is random
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU for images and wide networks, else the CPU
     compile: bool = False  # compile the loss and its gradient; pays off in long runs
-    checkpoint_every: Natural = 0  # iterations; 0: a tenth of the run, or 5 full episodes if that is more
+    checkpoint_every: Natural = 0  # iterations; 0: a tenth of the run, or more, see `legs`
 
     @property
     def batch_size(self) -> int:
@@ -176,7 +166,7 @@ class Args:
 
     @property
     def run(self) -> Path:
-        return Path(self.resume or self.push or f"runs/{self.run_name}").expanduser()
+        return Path(self.resume or f"runs/{self.run_name}").expanduser()
 
 
 # ---- The agent: policy and value function ------------------------------------
@@ -223,9 +213,8 @@ class Gaussian:
 class Agent(nn.Module, hub.PyTorchModelHubMixin):
     """All that is needed to act: weights and statistics.
     Vectors go through an actor's and a critic's MLP [core 13, continuous 4], images through a CNN
-    below both [Atari 8]. `parts` tell what a row of D numbers consists of, `action` what an action
-    is: see `describe`. With `masks`, a row ends with a number for each choice: 1 where it is allowed.
-    `settings` are the run's. All are JSON: config.json."""
+    below both [Atari 8]. What a row of D numbers and an action consist of is told by `describe`;
+    with `masks`, a row ends with a number for each choice: 1 where it is allowed. All is JSON."""
 
     episode: Tensor | None  # the state of an LSTM, for `predict`
 
@@ -370,19 +359,19 @@ def policy_change(logratio: Tensor, epsilon: float) -> dict[str, Tensor]:
     }
 
 
-def follow_kl(lr: float, kl: float, args: Args) -> float:
+def follow_kl(lr: float, kl: float, desired: float, highest: float) -> float:
     """The next learning rate: smaller after too large a KL, larger after too small a one."""
-    if kl > 2 * args.desired_kl:
-        return max(lr / 1.5, args.learning_rate / 100)
-    if kl < args.desired_kl / 2:
-        return min(lr * 1.5, args.learning_rate * 10)
-    return lr
+    if kl > 2 * desired:
+        lr /= 1.5
+    elif kl < desired / 2:  # as it stays once a policy is certain: hence a bound
+        lr *= 1.5
+    return min(max(lr, highest / 1000), highest)
 
 
 def standardize(x: Tensor) -> Tensor:
     """Zero mean and unit variance along the last axis, over all ranks, of as many rows each."""
     means = torch.stack([x.double().mean(-1), x.double().square().mean(-1)])
-    mean, square = (rank_sum(means) / rank_count()).unsqueeze(-1)
+    mean, square = (rank_sum(means) / RANKS).unsqueeze(-1)
     deviation = (square - mean**2).clamp(0).sqrt()
     return ((x - mean) / (deviation + 1e-8)).float()
 
@@ -415,10 +404,6 @@ class Rollout:
         arrays = np.zeros((T, N)), *np.zeros((3, T, N), dtype=bool)
         return cls(obs, actions, *arrays, worlds.memory.to(device, copy=True))
 
-    def split(self, n: int) -> "list[Rollout]":  # of n environments each
-        starts = range(0, self.obs.shape[1], n)
-        return [Rollout(*(x[:, i : i + n] for x in vars(self).values())) for i in starts]
-
 
 @torch.inference_mode()
 def collect(agent: Agent, worlds: "Worlds", rollout: Rollout) -> None:
@@ -444,18 +429,20 @@ class Batch:
     values: Tensor
     advantages: Tensor
     returns: Tensor
+    # To remember: obs [T, n, D] is all that n environments showed, the rest of these rows among T n
+    rows: Tensor | None = None
+    valid: Any = None  # [T, n]
+    memory: Any = None  # [2, n, units]
 
     def __getitem__(self, rows) -> "Batch":
-        return Batch(*(column[rows] for column in vars(self).values()))
+        return Batch(*(column[rows] for column in vars(self).values() if column is not None))
 
 
 @torch.no_grad()  # not inference_mode: autograd will meet these numbers in the loss
 def estimate(agent: Agent, rollout: Rollout, args: Args) -> Batch:
     """All that is learned from; theta is theta_old now."""
     T, device = len(rollout.actions), agent.device
-    parts = rollout.split(max(1, 4096 // T))  # for images are large
-    columns = zip(*(agent.replay(part) for part in parts))
-    logprobs, _, values = (torch.cat(column, 1) for column in columns)  # [T, N], values [T+1, N]
+    logprobs, _, values = agent.replay(rollout)  # [T, N], values [T+1, N]
 
     scaled = rollout.rewards
     if args.clip_reward:  # [Atari 6]
@@ -477,15 +464,15 @@ def minibatches(batch: Batch, rollout: Rollout, args: Args) -> Iterator[Batch]:
     for envs in groups:
         part, valid = batch[:, envs], rollout.valid[:, envs]
         rows = shuffle(valid, batch.obs.device).view(args.num_minibatches // len(groups), -1)
-        flat = Batch(*(column.flatten(0, 1) for column in vars(part).values()))
+        flat = Batch(*(column.flatten(0, 1) for column in vars(part).values() if column is not None))
         drawn = flat[rows]  # [minibatches of these environments, M, ...]
         if args.norm_adv:  # [core 7]
             drawn.advantages = standardize(drawn.advantages)
         for m in range(len(rows)):
             minibatch = drawn[m]
             if args.lstm_hidden_size:
-                columns = vars(minibatch) | {"obs": part.obs}
-                minibatch = Chapters(**columns, valid=valid, memory=rollout.memory[:, envs], rows=rows[m])
+                minibatch.obs, minibatch.rows = part.obs, rows[m]
+                minibatch.valid, minibatch.memory = valid, rollout.memory[:, envs]
             yield minibatch
 
 
@@ -520,26 +507,27 @@ def train(args: Args) -> "State":
     state = open_run(args)
     agent, optimizer = state.agent, state.optimizer
     gradient_fn = compile_gradient(agent) if args.compile else compute_gradient
-    T, N = args.num_steps, args.num_envs // rank_count()
-    log = state.log = Log(state) if rank() == 0 else Silence()
+    T, N = args.num_steps, args.num_envs // RANKS
+    log = state.log = Log(state) if RANK == 0 else Silence()
 
-    for leg in legs(state.iteration, args):
+    for leg in legs(state):
         # Environments can't be saved, so every run makes new ones here, and seeds all that is random anew: a resumed
         # run repeats the uninterrupted one. Both cut episodes under way: bootstrapped, not logged.
-        env_seeds = seeds(args.seed, TRAINING, rank(), leg.start, n=N)
+        env_seeds = seeds(args.seed, TRAINING, RANK, leg.start, n=N)
         worlds = Worlds(args, env_seeds, leg.start * T)
         rollout = Rollout.empty(agent, worlds, T)
-        torch.manual_seed(seeds(args.seed, SAMPLING, rank(), leg.start)[0])
+        torch.manual_seed(seeds(args.seed, SAMPLING, RANK, leg.start)[0])
         for iteration in leg:
             started = time.perf_counter()
-            if args.anneal_lr and not args.desired_kl:  # [core 4]
-                state.learning_rate = args.learning_rate * (1 - iteration / args.num_iterations)
+            annealed = args.learning_rate * (1 - iteration / args.num_iterations * args.anneal_lr)  # [core 4]
+            if not args.desired_kl:
+                state.learning_rate = annealed
 
             collect(agent, worlds, rollout)  # run pi_old in N environments for T steps
             batch = estimate(agent, rollout, args)  # advantages A_1, ..., A_T
 
             # Optimise the surrogate with respect to theta, in K epochs of minibatches of M rows
-            priming = iteration == 0 and lacks_statistics(agent)  # the first rollout only fills them
+            priming = iteration == 0 and (args.norm_obs or args.norm_reward)  # a rollout for the statistics
             for _ in range(0 if priming else args.update_epochs):
                 kl = torch.zeros((), device=agent.device)  # mean over the epoch
                 for minibatch in minibatches(batch, rollout, args):
@@ -551,12 +539,14 @@ def train(args: Args) -> "State":
                     kl += metrics["approx_kl"] / args.num_minibatches
                     log.add(metrics)
                 if args.desired_kl:
-                    state.learning_rate = follow_kl(state.learning_rate, kl.item(), args)
+                    state.learning_rate = follow_kl(state.learning_rate, kl.item(), args.desired_kl, 10 * annealed)
                 if args.target_kl and kl > args.target_kl:
                     break
 
             update_statistics(agent, worlds, rollout)
-            state.global_step += int(rank_sum(torch.tensor(rollout.valid.sum())))  # without reset rows; all ranks
+            steps, ended = rank_sum(torch.tensor([rollout.valid.sum(), rollout.done.sum()])).tolist()  # all ranks
+            state.global_step += steps  # without reset rows
+            state.ended += ended
             state.seconds += time.perf_counter() - started
             log.write(iteration, rollout, worlds, batch)
 
@@ -570,7 +560,7 @@ def train(args: Args) -> "State":
 
 # ---- Memory: what an observation does not show -------------------------------
 class Memory(nn.LSTM):
-    """One LSTM layer between encoder and heads. Its state, h and c, is [2, N, units]; `Worlds.step` erases it."""
+    """An LSTM between encoder and heads. Its state, h and c, is [2, N, units]; `Worlds.step` erases it."""
 
     def __init__(self, features: int, units: int):
         super().__init__(features, units)
@@ -584,7 +574,7 @@ class Memory(nn.LSTM):
         memory.copy_(torch.cat(state))
         return out.view(*features.shape[:-1], -1)
 
-    def forward(self, features: Tensor, x: "Rollout | Chapters") -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, features: Tensor, x: "Rollout | Batch") -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Observations and features of all steps again [LSTM 5]; of a minibatch, at its rows.
         Each episode is a sequence; it begins at zero [LSTM 2] or, at the first row, as the rollout began."""
         T, N, _ = features.shape  # a rollout's T here counts obs[T], too
@@ -599,18 +589,8 @@ class Memory(nn.LSTM):
         out, _ = super().forward(sequences, tuple(state.split(1)))
         inside = torch.arange(len(out), device=begins.device) < lengths.unsqueeze(1)  # not padding
         out = out.transpose(0, 1)[inside].view(N, T, -1).transpose(0, 1)
-        if isinstance(x, Chapters):
-            return x.obs.flatten(0, 1)[x.rows], out.flatten(0, 1)[x.rows]
-        return x.obs, out
-
-
-@dataclass
-class Chapters(Batch):
-    """A minibatch: obs [T, n, D], all that n environments showed, to remember; the rest [M], to learn."""
-
-    valid: np.ndarray  # [T, n]
-    memory: Tensor  # [2, n, units]
-    rows: Tensor  # [M], among T n
+        rows = getattr(x, "rows", None)
+        return (x.obs, out) if rows is None else (x.obs.flatten(0, 1)[rows], out.flatten(0, 1)[rows])
 
 
 # ---- Spaces: observations as rows of numbers, actions, images ----------------
@@ -626,8 +606,12 @@ def describe(space: gym.Space, *path: str | int) -> list[Json]:
             nvec = np.ravel(nvec).tolist()
             return [part | {"kind": "choices", "nvec": nvec, "start": space.start.tolist(), "width": sum(nvec)}]
         case spaces.Box() if white := find_white(space):
+            if sorted(shape)[-2] > 160:
+                print_once(f"images of {shape} are slow: use gymnasium.wrappers.ResizeObservation")
             return [part | {"kind": "pixels", "white": white, "bytes": space.dtype == np.uint8}]
         case spaces.Box() | spaces.MultiBinary():
+            if len(shape) > 2:
+                print_once(f"no image: {space}; it takes 5 x 5 pixels, up to 255")
             return [part]
     if path:
         print_once(f"not seen: {'/'.join(map(str, path))}, {type(space).__name__}")
@@ -642,14 +626,14 @@ def describe_action(space: gym.Space, rescale: bool) -> Json:
             pass
         case spaces.MultiBinary():
             more |= {"nvec": [2] * math.prod(space.shape), "start": 0}
-        case spaces.Box() if space.dtype.kind == "f":
+        case spaces.Box() if space.dtype.kind == "f" and math.prod(space.shape):
             low, high = np.array([space.low, space.high], float).clip(-1e38, 1e38)
             finite = rescale & (high - low < 1e37)
             center = np.where(finite, (low + high) / 2, 0)
             scale = np.where(finite, (high - low) / 2, 1)
             more["box"] = np.array([low, high, center, scale]).tolist()
         case _:
-            raise Stop(f"actions are {space}; supported: Discrete, MultiDiscrete, MultiBinary, Box of floats")
+            raise Stop(f"actions are {space}, not Discrete, MultiDiscrete, MultiBinary or Box of floats")
     return describe(space)[0] | more
 
 
@@ -660,7 +644,7 @@ def to_rows(obs: Any, parts: list[Json]) -> np.ndarray:
         x, shape = np.asarray(reduce(getitem, part["path"], obs)), part["shape"]
         lead = x.shape[: x.ndim - len(shape)]
         if list(x.shape[len(lead) :]) != shape:
-            raise ValueError(f"an observation has shape {shape}, a batch one axis more; got {list(x.shape)}")
+            raise ValueError(f"observations have shape {shape}, batches one axis more; got {list(x.shape)}")
         x = x.reshape(*lead, -1)
         if part["kind"] == "choices":
             chosen = (x - np.ravel(part["start"])).repeat(part["nvec"], -1)
@@ -668,7 +652,8 @@ def to_rows(obs: Any, parts: list[Json]) -> np.ndarray:
         columns.append(x)
     if len(parts) == 1 and part.get("bytes"):
         return x
-    return np.concatenate(columns, -1).astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):  # then they are inf: see Worlds.see
+        return np.concatenate(columns, -1).astype(np.float32, copy=False)
 
 
 def to_env(actions: Tensor, action: Json) -> np.ndarray:
@@ -722,7 +707,7 @@ def channels_first(images: Tensor, shape: list[int]) -> Tensor:
     return images.flatten(-4, -3) if len(shape) == 4 else images
 
 
-# In small images a byte may be a brightness or, as in MiniGrid, the number of a thing: both are shown
+# In small images a byte is a brightness or, as in MiniGrid, the number of a thing: both are shown
 SMALL_BYTES = torch.cat([torch.eye(256)[:, 1:16], torch.linspace(0, 1, 256).unsqueeze(1)], 1)
 
 
@@ -796,13 +781,6 @@ class RunningMeanStd(nn.Module):
         self.count.copy_(total)
 
 
-def lacks_statistics(agent: Agent) -> bool:
-    """Whether a normaliser in use has seen nothing."""
-    args = agent.settings
-    normalisers = [(args.norm_obs, agent.obs_stats), (args.norm_reward, agent.return_stats)]
-    return any(used and not stats.count.any() for used, stats in normalisers)
-
-
 def update_statistics(agent: Agent, worlds: "Worlds", rollout: Rollout) -> None:
     """After a rollout was learned from, so that ratios begin at 1."""
     args, valid = agent.settings, to_torch(rollout.valid, agent.device)
@@ -825,7 +803,7 @@ def accumulate(x: np.ndarray, done: np.ndarray, carry: np.ndarray, gamma: float 
 
 
 # ---- Worlds: Gymnasium's vector environments, in NEXT_STEP mode --------------
-TRAINING, VALIDATION, EVALUATION, VIDEO, WEIGHTS, SAMPLING = range(6)  # streams of random numbers
+TRAINING, VALIDATION, EVALUATION, VIDEO, WEIGHTS, SAMPLING = range(6)
 
 
 def seeds(seed: int, *stream: int, n: int = 1) -> list[int]:
@@ -834,24 +812,25 @@ def seeds(seed: int, *stream: int, n: int = 1) -> list[int]:
 
 
 class Worlds:
-    """As many environments as seeds, what they show, and what their episodes under way need."""
+    """An environment for each seed, what they show, what their episodes need."""
 
     def __init__(self, args: Args, seeds: list[int], t: int = 0, training: bool = True, render: str = ""):
         self.args, self.t, n = args, t, len(seeds)  # t: steps so far
         self.envs, reset_seed = make_envs(args, seeds, training, render)
         self.parts = describe(space := self.envs.single_observation_space)
-        if not self.parts:
-            raise Stop(f"observations are {space}; supported: Box, Discrete, MultiDiscrete, MultiBinary, Dict, Tuple")
+        if not sum(part["width"] for part in self.parts):
+            raise Stop(f"observations are {space}, not Box, Discrete, MultiDiscrete, MultiBinary, Dict or Tuple")
         self.action = describe_action(self.envs.single_action_space, args.rescale_actions)
-        self.done = np.zeros(n, dtype=bool)  # the next step is a reset
+        self.done, self.ended = np.zeros((2, n), dtype=bool)  # the next step is a reset; there was one
         self.returned, self.length, self.discounted = np.zeros((3, n))
         self.memory = torch.zeros(2, n, args.lstm_hidden_size)
         obs, self.info = self.ask(self.envs.reset, seed=reset_seed)
         if args.episodic_life and "lives" not in self.info:
             raise Stop(f"--episodic-life needs info['lives'], which {args.env_id} does not give")
-        self.masks = find_masks(self)
-        if self.masks == "observation":
-            self.parts = [part for part in self.parts if part["path"] != ["action_mask"]]
+        shown, self.masks = [part for part in self.parts if part["path"] == ["action_mask"]], None
+        if args.action_masks and "nvec" in self.action:
+            self.masks = "observation" if shown else "info" if "action_mask" in self.info else None
+            self.parts = [part for part in self.parts if part not in shown]
         self.obs = self.see(obs, np.zeros(n))  # [N, D]
 
     def step(self, actions: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -869,65 +848,46 @@ class Worlds:
 
     def see(self, obs: Any, rewards: np.ndarray) -> np.ndarray:
         """Rows of numbers; behind them, with masks, whether each choice is allowed."""
-        try:
-            rows = to_rows(obs, self.parts)
-        except ValueError as error:
-            raise self.fault(str(error)) from None
+        rows = to_rows(obs, self.parts)
         for name, values in ("observation", rows), ("reward", rewards):
             if not np.isfinite(values).all():
                 i = np.argwhere(~np.isfinite(values))[0, 0]
-                raise self.fault(f"environment {i} gave the {name} {values[i]}")
+                raise self.fault(f"environment {i} gave the {name} {values[i]}: clip it; it was")
         return np.concatenate([rows, read_masks(self, obs)], -1) if self.masks else rows
 
     def ask(self, method: Callable, *args, **kwargs):
         try:
             return method(*args, **kwargs)
         except (EOFError, ConnectionError):
-            raise self.fault("a process died") from None
+            raise ConnectionError(str(self.fault("a process died"))) from None
         except Exception as error:
+            if isinstance(self.envs, SyncVectorEnv | AsyncVectorEnv) and not hasattr(error, "__notes__"):
+                raise self.fault(brief(error)) from None
             error.add_note(str(self.fault("raised")))
             raise
 
     def fault(self, what: str) -> "Stop":
         when = f"at step {self.t - 1}" if self.t else "at its reset"
-        return Stop(f"{what} {when} of {self.args.env_id}; nothing was learned from it", code=1 if self.t else 2)
-
-
-def find_masks(worlds: Worlds) -> str | None:
-    """How the environments tell what is allowed, if they do."""
-    if not worlds.args.action_masks or "nvec" not in worlds.action:
-        return None
-    if any(part["path"] == ["action_mask"] for part in worlds.parts):
-        return "observation"
-    if hasattr(worlds.envs, "call") and worlds.envs.call("has_wrapper_attr", "action_masks")[0]:
-        return "method"
-    return "info" if "action_mask" in worlds.info else None
+        return Stop(f"{what} {when} of {self.args.env_id}", code=1 if self.t else 2)
 
 
 def read_masks(worlds: Worlds, obs: Any) -> np.ndarray:
     """Whether each choice is allowed, [N, sum(nvec)]; all, if untold or the episode is over."""
-    n, told, nvec = len(worlds.done), ~worlds.done, worlds.action["nvec"]
+    n, nvec, told = len(worlds.done), worlds.action["nvec"], worlds.info.get("_action_mask", False)
+    given = worlds.info.get("action_mask", np.ones((n, sum(nvec))))
     if worlds.masks == "observation":
-        given = obs["action_mask"].reshape(n, worlds.args.frame_stack, -1)[:, -1]  # of a stack, the newest
-    elif worlds.masks == "method":
-        given = worlds.envs.call("action_masks")
-    else:
-        given = worlds.info.get("action_mask")
-        told = told & worlds.info.get("_action_mask", False)
-    allowed = np.ones((n, sum(nvec)), dtype=bool)
+        given, told = obs["action_mask"].reshape(n, worlds.args.frame_stack, -1)[:, -1], True  # of a stack, the newest
+    masks = np.where((told & ~worlds.done)[:, None], given, 1)
     starts = np.cumsum([0, *nvec[:-1]])  # of the components
-    for i in np.flatnonzero(told):
-        mask = np.hstack(given[i])  # MultiDiscrete's may come in parts
-        right = mask.shape == allowed[i].shape and np.isin(mask, (0, 1)).all()
+    for i, mask in enumerate(masks):
+        right = len(mask) == sum(nvec) and np.isin(mask, (0, 1)).all()
         if not right or not np.logical_or.reduceat(mask, starts).all():
-            wanted = f"{sum(nvec)} times 0 or 1, or all 0"
-            raise worlds.fault(f"environment {i} gave the action mask {mask}: not {wanted}")
-        allowed[i] = mask
-    return allowed
+            raise worlds.fault(f"environment {i} gave the mask {mask}: not {sum(nvec)} times 0 or 1, or all 0")
+    return masks.astype(bool)
 
 
 def make_envs(args: Args, seeds: list[int], training: bool, render: str) -> tuple[Any, Any]:
-    """The vector environment, and the seeds for its reset; to score, of Gymnasium's own, in this process."""
+    """The vector environment, and the seeds for its reset."""
     env_id, n, mode = args.plain_id, len(seeds), args.vectorization
     reset_seed: Any = seeds
     options: Any = {k: os.path.expanduser(v) if isinstance(v, str) else v for k, v in args.env_kwargs.items()}
@@ -935,26 +895,27 @@ def make_envs(args: Args, seeds: list[int], training: bool, render: str) -> tupl
         register(args.env_id)
         spec: Any = gym.registry.get(env_id)
         native = spec and spec.vector_entry_point and (training or not spec.entry_point)
-        if mode == "envpool" and (training or not spec):  # frames as usual for Atari [Atari 1, 2, 4, 5, 7]
-            threads = min(n, os.cpu_count() or 1)
-            options |= {"env_type": "gymnasium", "num_envs": n, "num_threads": threads, "seed": seeds}
-            envs = importlib.import_module("envpool").make(env_id.removeprefix("ALE/"), **options)
-            reset_seed = None
-        elif mode in ("auto", "envpool") and env_id.startswith("ALE/"):  # likewise
-            options = {"reward_clipping": False} | options  # only what is learned is clipped
-            envs = gym.make_vec(env_id, n, "vector_entry_point", **options)
-            reset_seed = np.array(seeds)
-        elif mode == "auto" and args.frame_stack == 1 and native:
-            envs = gym.make_vec(env_id, n, "vector_entry_point", **options)
-            reset_seed = seeds[0]
+        atari = env_id.startswith("ALE/")
+        if mode == "auto" and (atari or (native and args.frame_stack == 1)):
+            if atari:  # frames as usual [Atari 1, 2, 4, 5, 7]; only what is learned is clipped
+                options = {"reward_clipping": False} | options
+            envs: Any = gym.make_vec(env_id, n, "vector_entry_point", **options)
+            reset_seed = np.array(seeds) if atari else seeds[0]
         else:
             options |= {"render_mode": render} if render else {}
-            makers = [partial(make_env, env_id, options, args.frame_stack, seed) for seed in seeds]
-            vector = gym.vector.AsyncVectorEnv if mode == "async" and training else gym.vector.SyncVectorEnv
-            envs = vector(makers, copy=False)
+            spec = gym.spec(env_id)
+            makers = [partial(make_env, spec, options, args.frame_stack, i, seed) for i, seed in enumerate(seeds)]
+            if mode == "async" and training:
+                start = "forkserver" if sys.platform == "linux" else None  # a fork would not survive OpenGL
+                multiprocessing.set_forkserver_preload("gymnasium huggingface_hub torch.optim.adam tyro".split())
+                envs = AsyncVectorEnv(makers, copy=False, context=start)
+                envs.close = partial(envs.close, timeout=9)  # a worker may be stuck
+            else:
+                envs = SyncVectorEnv(makers, copy=False)
     except (ImportError, gym.error.Error, TypeError, ValueError, AssertionError, LookupError) as error:
-        ids = "ids are like LunarLander-v3, ALE/Pong-v5 or my_module:MyEnv-v0"
-        hint = f"pip install {error.name}" if isinstance(error, ImportError) else ids
+        ids = "LunarLander-v3, ALE/Pong-v5 (not PongNoFrameskip-v4) or my_module:MyEnv-v0 (of the old gym: by shimmy)"
+        hint = f"ids are like {ids}, options like --env-kwargs size 3"
+        hint = f"pip install {error.name}" if isinstance(error, ImportError) else hint
         raise Stop(f"cannot make {args.env_id} with options {args.env_kwargs}: {brief(error)}; {hint}") from None
     if args.frame_stack > 1 and reset_seed is not seeds:
         raise Stop(f"--frame-stack needs --vectorization sync or async for {env_id}")
@@ -963,16 +924,58 @@ def make_envs(args: Args, seeds: list[int], training: bool, render: str) -> tupl
     return envs, reset_seed
 
 
-def make_env(env_id: str, options: Json, frame_stack: int, seed: int) -> gym.Env:
+def make_env(spec: Any, options: Json, frame_stack: int, i: int, seed: int) -> gym.Env:
     random.seed(seed)  # some worlds draw from these
     np.random.seed(seed)
     if multiprocessing.parent_process():  # which decides what a signal means
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    env = gym.make(env_id, **options)
-    if frame_stack > 1:
+    plain = replace(spec, max_episode_steps=None, order_enforce=False, disable_env_checker=True)
+    env: gym.Env = gym.make(plain, **options)
+    inspect.signature(env.reset).bind(seed=seed)  # or TypeError
+    env = Answers(env, i)
+    if spec.max_episode_steps:
+        env = gym.wrappers.TimeLimit(env, spec.max_episode_steps)
+    if "ale_py" in str(spec.entry_point):
+        print_once(f"{spec.id} shows raw frames; prepared are ALE/..., by --vectorization auto")
+    if frame_stack > 1:  # of copies: an environment may give the same array again
+        env = gym.wrappers.TransformObservation(env, copy.deepcopy, None)
         env = gym.wrappers.FrameStackObservation(env, frame_stack)
     return env
+
+
+class Answers(gym.Wrapper):
+    """An environment's answers as Gymnasium asks for them; its own errors are marked."""
+
+    def __init__(self, env: gym.Env, i: int):
+        super().__init__(env)
+        self.name, self.masks = f"environment {i}", env.has_wrapper_attr("action_masks")
+
+    def reset(self, *, seed=None, options=None):
+        return self.ask(self.env.reset, 2, seed=seed)
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.ask(self.env.step, 5, action)
+        if np.size(reward) != 1:
+            raise ValueError(f"{self.name} gave a reward of shape {np.shape(reward)}, not one number")
+        return obs, np.asarray(reward, float).item(), bool(terminated), bool(truncated), info
+
+    def ask(self, method: Callable, n: int, *args, **kwargs):
+        try:
+            answer = method(*args, **kwargs)
+        except Exception as error:
+            error.add_note(f"raised by {self.name}")
+            raise
+        if not isinstance(answer, tuple) or len(answer) != n:
+            raise ValueError(f"{self.name} gave {len(answer)} values, not the {n} of gymnasium.Env")
+        obs, *rest, info = answer
+        if (shape := self.observation_space.shape) is not None and np.shape(obs) != shape:
+            raise ValueError(f"{self.name} gave an observation of shape {np.shape(obs)}, not {shape}")
+        told = {name: info[name] for name in ("lives", "action_mask") if name in info}
+        if self.masks:
+            told["action_mask"] = self.env.get_wrapper_attr("action_masks")()
+        if "action_mask" in told:
+            told["action_mask"] = np.hstack(told["action_mask"])  # MultiDiscrete's may come in parts
+        return obs, *rest, told
 
 
 def register(env_id: str) -> None:
@@ -991,17 +994,11 @@ def look(args: Args) -> Json:
 
 
 def run_settings(args: Args) -> Json:
-    return {name: value for name, value in asdict(args).items() if name not in (*FREE, *MODES)}
+    return {name: value for name, value in asdict(args).items() if name not in (*FREE, *MODES[1:])}
 
 
 # ---- Devices and ranks -------------------------------------------------------
-def rank() -> int:
-    """This process among those that torchrun started."""
-    return int(os.environ.get("RANK", 0))
-
-
-def rank_count() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 
 
 def rank_sum(x: Tensor) -> Tensor:
@@ -1015,7 +1012,7 @@ def mean_over_ranks(gradient: Tensor, metrics: dict[str, Tensor]) -> tuple[Tenso
     if not dist.is_initialized():
         return gradient, metrics
     message = torch.cat([gradient, torch.stack(list(metrics.values()))])
-    gradient, means = (rank_sum(message) / rank_count()).split([len(gradient), len(metrics)])
+    gradient, means = (rank_sum(message) / RANKS).split([len(gradient), len(metrics)])
     return gradient, dict(zip(metrics, means))
 
 
@@ -1027,10 +1024,10 @@ def choose_device(args: Args, parts: list[Json]) -> torch.device:
     if args.device == "cuda" and not found:
         raise Stop("torch finds no GPU for each process: use --device auto")
     if "OMP_NUM_THREADS" not in os.environ:
-        rows = args.batch_size // rank_count() // args.num_minibatches
+        rows = args.batch_size // RANKS // args.num_minibatches
         torch.set_num_threads(max(1, min((os.cpu_count() or 1) // mates, 1 + rows // 128)) if large else 1)
     if args.device == "cpu" or not found or (args.device == "auto" and not large):
-        able = torch.cpu.get_capabilities()  # elsewhere bfloat16 is emulated, and slow
+        able = torch.cpu.get_capabilities()  # else it is slow
         CNN.in_bfloat16 = any(able[name] for name in able if "bf16" in name)
         return torch.device("cpu")
     torch.backends.cudnn.deterministic = True
@@ -1067,7 +1064,7 @@ class Adam(nn.Module):
         adam(*state, lr=lr, eps=1e-5, **usual)  # [core 3]
 
 
-# ---- Play: evaluation, film, window ------------------------------------------
+# ---- Play: evaluation, film --------------------------------------------------
 @torch.inference_mode()
 def play(agent: Agent, args: Args, episodes: int, stream: int, limit: int, render: str = "") -> Iterator[Worlds]:
     """An episode in each of so many fresh environments, num_envs at a time, step by step."""
@@ -1075,92 +1072,74 @@ def play(agent: Agent, args: Args, episodes: int, stream: int, limit: int, rende
     for i in range(0, episodes, N):
         worlds = Worlds(args, starts[i : i + N], training=False, render=render)
         torch.manual_seed(starts[0])
-        running = ~worlds.done
         with contextlib.closing(worlds.envs):
-            while running.any() and worlds.t < limit:
+            while not worlds.ended.all() and worlds.t < limit:
                 yield worlds
-                noise = 0.0 if args.deterministic else agent.sample_noise(episodes)[i : i + N]
+                noise, running = 0.0 if args.deterministic else agent.sample_noise(episodes)[i : i + N], ~worlds.ended
                 rewards, _, done = worlds.step(agent.act(to_torch(worlds.obs, agent.device), noise, worlds.memory))
                 worlds.returned += rewards * running
                 worlds.length += running
-                running &= ~done
+                worlds.ended |= done
             yield worlds
 
 
-def evaluate(agent: Agent, args: Args, episodes: int, stream: int = EVALUATION, limit: int = 27_000) -> np.ndarray:
-    """Returns and lengths, [2, episodes]; 27,000 steps are Atari's limit."""
-    played = dict.fromkeys(play(agent, args, episodes, stream, limit))  # the worlds, once each
-    return np.concatenate([(worlds.returned, worlds.length) for worlds in played], 1)
+def evaluate(agent: Agent, args: Args, episodes: int, stream: int = EVALUATION, times: int = 1) -> np.ndarray:
+    """Returns, lengths, and whether they were cut, [3, episodes]: all are to take no more steps than the training,
+    each may take 1,000 or what the environment declares, and none more than Atari's 27,000."""
+    fair = int(args.total_timesteps) // episodes // times
+    limit = min(27_000 if times == 1 else 5_000, max(fair, step_limit(args), 1_000))
+    steps: Any = play(agent, args, episodes, stream, limit)
+    if times == 1:
+        steps = tqdm(steps, "scoring", unit=" steps", leave=False, disable=None)  # where there is no terminal
+    return np.concatenate([(worlds.returned, worlds.length, ~worlds.ended) for worlds in dict.fromkeys(steps)], 1)
 
 
 def validate(agent: Agent, args: Args) -> float:
     """The mean return by which the best agent is kept."""
-    if rank() > 0 or not args.validation_episodes:
+    if RANK > 0 or not args.validation_episodes:
         return -math.inf
-    limit = 5_000  # a greedy agent may play on without end, as in Breakout
-    return float(evaluate(agent, args, args.validation_episodes, VALIDATION, limit)[0].mean())
+    return float(evaluate(agent, args, args.validation_episodes, VALIDATION, times=10)[0].mean())
 
 
 def score(agent: Agent, args: Args) -> Json:
-    returns, lengths = evaluate(agent, args, args.eval_episodes)
+    how = f"{args.eval_episodes} {'greedy' if args.deterministic else 'sampled'} episodes"
+    print(f"scoring: {how}", flush=True)
+    returns, lengths, cut = evaluate(agent, args, args.eval_episodes)
+    if cut.any():
+        how += f", {cut.sum():.0f} of them cut at {lengths.max():,.0f} steps"
     mean, std = float(returns.mean()), float(returns.std())
-    how = "greedy" if args.deterministic else "sampled"
-    print(f"{args.env_id}: mean_reward {mean:.2f} +/- {std:.2f} over {len(returns)} {how} episodes", flush=True)
-    return {
-        "env_id": args.env_id,
-        "mean_reward": mean,
-        "std_reward": std,
-        "n_evaluation_episodes": len(returns),
-        "eval_datetime": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        "deterministic": args.deterministic,
-        "seed": args.seed,
-        "episode_returns": returns.tolist(),
-        "episode_lengths": lengths.tolist(),
-    }
+    print(f"{args.env_id}: mean_reward {mean:.2f} +/- {std:.2f} over {how}", flush=True)
+    when = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+    result: Json = dict(env_id=args.env_id, seed=args.seed, mean_reward=mean, std_reward=std, eval_datetime=when)
+    result |= dict(n_evaluation_episodes=len(returns), deterministic=args.deterministic, episodes=how)
+    return result | dict(episode_returns=returns.tolist(), episode_lengths=lengths.tolist())
 
 
 def record_video(agent: Agent, args: Args, path: Path) -> None:
     """One episode, for browsers. Its failure costs no run."""
-    try:
-        from imageio_ffmpeg import write_frames
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with one_line("the video", "All else is there", code=0):
+        import imageio.v2 as imageio
 
         os.environ["SDL_VIDEODRIVER"] = "dummy"  # pygame draws without a display
-        path.parent.mkdir(parents=True, exist_ok=True)
+        new, how = path.with_name("unfinished.mp4"), dict(macro_block_size=2, output_params=["-movflags", "+faststart"])
         for worlds in play(agent, args, 1, VIDEO, 3_000, "rgb_array"):
             if worlds.envs.render_mode:
-                frame = np.ascontiguousarray(worlds.envs.render()[0])
-            else:  # Atari's newest frame, larger
-                frame = np.kron(worlds.obs[0].reshape(4, 84, 84)[-1, ..., None], np.ones((4, 4, 3), np.uint8))
+                frame = worlds.envs.render()[0]
+                frame = np.asarray(frame[-1] if isinstance(frame, list) else frame)
+            else:  # Atari's newest frame
+                frame = worlds.obs[0].reshape(4, 84, 84)[-1].repeat(4, 0).repeat(4, 1)
             if worlds.t == 0:
-                fps, size = worlds.envs.metadata.get("render_fps", 15), frame.shape[1::-1]
-                options = ["-movflags", "+faststart"]
-                video = write_frames(str(path), size, fps=fps, macro_block_size=2, output_params=options)
-                video.send(None)
-            video.send(frame)
+                video = imageio.get_writer(new, fps=worlds.envs.metadata.get("render_fps", 15), **how)
+            video.append_data(frame if frame.dtype.kind == "f" else frame.astype(np.uint8))
         video.close()
-        print(f"video: {path}", flush=True)
-    except Exception as error:
-        path.unlink(missing_ok=True)
-        warn(f"no video: {brief(error)}")
-
-
-def watch(agent: Agent, args: Args) -> None:
-    """One episode after the other in a window, until Ctrl-C."""
-    with one_line("--render", "It needs a display and render_mode human; --capture-video leaves a film"):
-        screens = ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")
-        if sys.platform == "linux" and not any(map(os.environ.get, screens)):
-            raise OSError("no display")
-        for seed in itertools.count(args.seed):
-            *_, end = play(agent, replace(args, seed=seed), 1, VIDEO, 27_000, "human")
-            if end.envs.render_mode != "human":
-                raise ValueError(f"{args.env_id} opens no window")
-            print(f"return {end.returned[0]:.2f} in {end.length[0]:.0f} steps", flush=True)
+        print(f"video: {new.replace(path)}", flush=True)
 
 
 # ---- The run's folder: settings, checkpoints, logs ---------------------------
 @dataclass
 class State:
-    """A run as it stands: a checkpoint has all but its settings. Randomness follows from seed and iteration."""
+    """A run as it stands, all that a checkpoint keeps; randomness follows from seed and iteration."""
 
     args: Args
     agent: Agent
@@ -1173,26 +1152,30 @@ class State:
     score: float = -math.inf
     best_score: float = -math.inf
     best_iteration: int = 0
-    curve: list[tuple] = field(default_factory=list)  # step, mean return and length, of iterations
+    ended: int = 0  # episodes in the last leg, over all ranks
+    barren: int = 0  # legs in which none ended
+    curve: list[tuple] = field(default_factory=list)  # step, mean return, mean length
     log: Any = None
+    lock: Any = None  # ends with the process
 
     def checkpoint(self) -> None:
-        if rank() > 0:
+        if RANK > 0:
             return
-        if self.score >= self.best_score:  # a tie goes to the newer
+        if self.score >= self.best_score:
             self.best_score, self.best_iteration = self.score, self.iteration
-        saved = {name: x.state_dict() if isinstance(x, nn.Module) else x for name, x in vars(self).items()}
-        torch.save(saved | {"args": None, "log": None}, buffer := io.BytesIO())
+        kept = {name: x for name, x in vars(self).items() if name not in ("args", "log", "lock")}
+        saved = {name: x.state_dict() if isinstance(x, nn.Module) else x for name, x in kept.items()}
+        torch.save(saved, buffer := io.BytesIO())
         run, data = self.args.run, buffer.getvalue()
         write_file(run / f"checkpoint-{self.iteration:08d}.pt", data + hashlib.sha256(data).digest())
         for old in sorted(run.glob("checkpoint-*.pt"))[:-2]:
             old.unlink()
-        if self.best_iteration == self.iteration:  # an interrupted run can be played, too
+        if self.best_iteration == self.iteration:
             weights = {name: x.cpu().clone() for name, x in self.agent.state_dict().items()}  # not views of theta
             write_file(run / "model.safetensors", safetensors.torch.save(weights))
 
     def restore(self) -> None:
-        """The newest undamaged checkpoint. With weights_only, torch.load runs no code."""
+        """The newest undamaged checkpoint; weights_only runs no code."""
         for path in sorted(self.args.run.glob("checkpoint-*.pt"), reverse=True):
             try:
                 data = path.read_bytes()
@@ -1204,20 +1187,28 @@ class State:
             except Exception as error:
                 warn(f"{path} is unusable ({brief(error)}); trying the one before it")
                 continue
-            return vars(self).update(saved | {"args": self.args})
+            return vars(self).update(saved)
         raise Stop(f"{self.args.run} has no usable checkpoint: start the run again")
 
 
-def legs(start: int, args: Args) -> Iterator[range]:
-    """The iterations between checkpoints, which cut episodes: by default five full ones fit in."""
-    limit = getattr(gym.registry.get(args.plain_id), "max_episode_steps", None) or 0
-    every = args.checkpoint_every or max(args.num_iterations // 10, math.ceil(5 * limit / args.num_steps), 1)
-    for first in range(start, args.num_iterations, every):
-        yield range(first, min(first + every, args.num_iterations))
+def legs(state: State) -> Iterator[range]:
+    """The iterations between checkpoints, which cut episodes: a tenth of the run or what five full episodes take,
+    twice as many after a leg in which none ended, at most a third."""
+    args, total = state.args, state.args.num_iterations
+    full = math.ceil(5 * step_limit(args) / args.num_steps)
+    while state.iteration < total:
+        state.barren += state.iteration > 0 and not state.ended
+        state.ended = 0
+        usual = min(max(1, total // 10, full) << state.barren, math.ceil(total / 3))
+        yield range(state.iteration, min(state.iteration + (args.checkpoint_every or usual), total))
+
+
+def step_limit(args: Args) -> int:  # of an episode, if the environment declares one
+    return getattr(gym.registry.get(args.plain_id), "max_episode_steps", None) or 0
 
 
 def name_run(args: Args) -> Args:
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}"
+    name = f"{args.env_id}__{Path(SCRIPT).stem}__{args.seed}__{time.time():.3f}"
     return replace(args, run_name=args.run_name or re.sub(r"[^\w.=+-]", "-", name))
 
 
@@ -1225,142 +1216,153 @@ def open_run(args: Args) -> State:
     """A new run's folder and state; with --resume the checkpoint's."""
     args = name_run(args)
     check_training(args)
-    if rank_count() > 1 and not dist.is_initialized():
+    if RANKS > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     run, config = args.run, look(args)
     if args.norm_obs and any(part["kind"] == "pixels" for part in config["parts"]):
         raise Stop("images are scaled to [0, 1] anyway: take --no-norm-obs")
+    rows, parts = args.batch_size // RANKS, config["parts"]
+    size = rows * sum(part["width"] for part in parts) * (1 if len(parts) == 1 and parts[0].get("bytes") else 4)
+    if hasattr(os, "sysconf") and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
+        raise Stop(f"{rows:,} observations take {size / 2**30:,.0f} GiB: lower --num-envs or --num-steps")
     device = choose_device(args, config["parts"])
     source = load_agent(args.init_from, args) if args.init_from and not args.resume else None
-    torch.manual_seed(seeds(args.seed, WEIGHTS)[0])  # the same weights on every rank
+    torch.manual_seed(seeds(args.seed, WEIGHTS)[0])  # on all ranks
     agent = Agent(**config).to(device)
     if source:
         with one_line(f"starting with {args.init_from}", "Its network must be this one"):
-            for name in ("activation", "rescale_actions"):
-                if getattr(source.settings, name) != getattr(args, name):
-                    raise ValueError(f"{flag(name)} differs")
+            old = source.settings
+            if (old.activation, old.rescale_actions) != (args.activation, args.rescale_actions):
+                raise ValueError("--activation or --rescale-actions differs")
             agent.load_state_dict(source.state_dict())
-    typed = sys.argv[1:] if sys.argv[0].endswith(SCRIPT) else ["--env-id", args.env_id]  # another program has its own
-    command = f"{LAUNCH} {SCRIPT} {shlex.join(hide_home(typed))}".rstrip()
+    typed = sys.argv[1:] if sys.argv[0].endswith(SCRIPT) else ["--env-id", args.env_id]
+    command = f"{LAUNCH} {SCRIPT} {HOME.sub('~/', shlex.join(typed))}".rstrip()
     state = State(args, agent, Adam(agent), args.learning_rate, command)
+    if RANK == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        with one_line(f"locking {run}", "Another process trains it: choose another --run-name"):
+            state.lock = FileLock(run / "lock").acquire(blocking=False)
     if args.resume:
         state.restore()
-    elif rank() == 0:
-        run.mkdir(parents=True, exist_ok=True)
+    elif RANK == 0:
         write_file(run / "config.json", config)
     state.checkpoint()
-    if rank() == 0:
-        masks = f"   action masks: by {agent.masks}" if agent.masks else ""
-        print(f"run: {run}   preset: {args.preset or 'none'}   device: {device.type}{masks}", flush=True)
+    if RANK == 0:
+        more: Json = {
+            "device": device.type,
+            "action masks": agent.masks,
+            "options": args.env_kwargs,
+            "step": state.global_step,
+        }
+        told = {"run": run, "preset": args.preset or "none", **more}
+        print(*(f"{name}: {x}" for name, x in told.items() if x), sep="   ", flush=True)
     return state
 
 
-class Silence:
-    """The log of all ranks but the first."""
-
-    def __getattr__(self, name: str) -> Callable:
-        return lambda *args: None
+class Silence:  # of all ranks but the first
+    add = write = flush = staticmethod(lambda *args: None)
 
 
 class Log:
-    """TensorBoard, a progress bar and, with --track, Weights & Biases."""
+    """TensorBoard, a progress bar."""
 
     def __init__(self, state: State):
         self.state, args, run = state, state.args, state.args.run
-        self.metrics: list[Tensor] = []  # of an iteration's minibatches
-        self.recent: deque[float] = deque(maxlen=100)  # returns
-        if args.track:
-            names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, id=run.name)
-            how = dict(dir=run.parent, resume="allow", sync_tensorboard=True, settings={"host": "localhost"})
-            with one_line("--track", "Log in with `wandb login`, or set WANDB_MODE=offline"):
-                importlib.import_module("wandb").init(**names, **how, config=asdict(args))
+        self.metrics: list[Tensor] = []
+        self.waiting: list[tuple] = []  # episodes to be logged
+        self.recent: list[float] = []  # the last hundred returns
+        sys.modules.setdefault("tensorboard.compat.notf", sys)  # imports no TensorFlow
         from torch.utils.tensorboard import SummaryWriter
 
         with mock.patch("socket.gethostname", lambda: "localhost"):  # host names are private
-            purge = state.global_step + 1 if args.resume else None  # what was logged after it
+            purge = state.global_step + 1 if args.resume else None
             self.writer = SummaryWriter(run, purge_step=purge, flush_secs=10)
-        rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
-        self.writer.add_text("hyperparameters", f"|parameter|value|\n|-|-|\n{rows}")
-        steps: Any = dict(total=args.total_timesteps, initial=state.global_step, unit=" steps", unit_scale=True)
-        self.bar = tqdm(**steps, disable=None)  # where there is no terminal
+        show = "{percentage:.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        size: Any = dict(total=args.num_iterations * args.batch_size, initial=state.iteration * args.batch_size)
+        self.bar = tqdm(**size, unit_scale=True, bar_format=show, disable=None)  # where there is no terminal
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         self.names = list(metrics)
-        self.metrics.append(torch.stack(list(metrics.values())))  # a copy: the next run of a graph overwrites it
+        self.metrics.append(torch.stack(list(metrics.values())))  # a copy: a graph overwrites it
 
     def write(self, iteration: int, rollout: Rollout, worlds: Worlds, batch: Batch) -> None:
         """One iteration: means over its episodes and its minibatches."""
         state, done, valid = self.state, rollout.done, rollout.valid
-        returns = accumulate(rollout.rewards, done, worlds.returned)[done]
-        lengths = accumulate(valid, done, worlds.length)[done]
+        sums = accumulate(rollout.rewards, done, worlds.returned), accumulate(valid, done, worlds.length)
+        self.waiting += zip(*(x[done] for x in sums))  # returns and lengths
+        worlds.ended |= done.any(0)
         speed = int(state.global_step / state.seconds)
         scalars = {"charts/learning_rate": state.learning_rate, "charts/SPS": speed}
-        if len(returns):
-            self.recent.extend(returns)
-            state.curve.append((state.global_step, float(returns.mean()), float(lengths.mean())))
-            scalars |= {"charts/episodic_return": returns.mean(), "charts/episodic_length": lengths.mean()}
+        if worlds.ended.mean() >= 0.9:  # in a new leg short episodes end first
+            self.write_episodes()
         if self.metrics:
             means, self.metrics = torch.stack(self.metrics).mean(0).tolist(), []
             scalars |= {f"losses/{name}": mean for name, mean in zip(self.names, means)}
-        scalars["losses/explained_variance"] = explained_variance(batch.values[valid], batch.returns[valid])
+        values, targets = batch.values[valid], batch.returns[valid]  # 1: a perfect critic, 0: a constant one
+        scalars["losses/explained_variance"] = (1 - (targets - values).var() / targets.var()).item()
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, state.global_step)
-
-        mean = f"{np.mean(self.recent):.1f}" if self.recent else "none yet"
-        self.bar.set_postfix_str(f"return {mean}", refresh=False)
-        self.bar.update(state.global_step - self.bar.n)
+        mean = f"{np.mean(self.recent):.1f}" if self.recent else f"none in {worlds.length.max():,.0f} steps"
+        self.bar.set_postfix_str(f"return {mean}, {speed:,} steps/s", refresh=False)
+        self.bar.update((iteration + 1) * state.args.batch_size - self.bar.n)
         total = state.args.num_iterations
         if self.bar.disable and iteration * 10 // total < (iteration + 1) * 10 // total:  # no terminal
             print(f"step {state.global_step:>11,}   return {mean:>9}   {speed:>7,} steps/s", flush=True)
 
+    def write_episodes(self) -> None:
+        step = self.state.global_step
+        if self.waiting:
+            self.recent = [*self.recent, *(x for x, _ in self.waiting)][-100:]
+            means, self.waiting = np.mean(self.waiting, 0).tolist(), []
+            self.state.curve.append((step, *means))
+            for name, mean in zip(("return", "length"), means):
+                self.writer.add_scalar(f"charts/episodic_{name}", mean, step)
+
     def flush(self, name: str, score: float) -> None:
+        self.write_episodes()
         if math.isfinite(score):
             self.writer.add_scalar(name, score, self.state.global_step)
         self.writer.flush()
 
 
-def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var[returns - values] / Var[returns]: 1 for a perfect critic, 0 for a constant one."""
-    return (1 - (returns - values).var() / returns.var()).item()
-
-
 def finish(state: State) -> Json:
-    """Score and film the agent that was kept; leave what a push needs. Returns results.json."""
+    """Score and film the kept agent; leave what a push needs."""
     args, run, best, last = state.args, state.args.run, state.best_score, state.score
     state.log.bar.close()
+    validation = None
     if args.validation_episodes:
+        validation = {"best": best, "last": last}
         print(f"kept: the agent of iteration {state.best_iteration}, validation {best:.2f}; last {last:.2f}")
     agent = load_agent(str(run), args).to(state.agent.device)
-    packages = {"torch", "gymnasium", "numpy", "Box2D", "mujoco", "ale_py", "envpool"} & sys.modules.keys()
-    versions = {name: str(sys.modules[name].__version__) for name in sorted(packages)}
-    here = {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
-    results = score(agent, args) | {
-        "best_iteration": state.best_iteration,
-        "validation": {"best": best, "last": last} if args.validation_episodes else None,
-        "total_timesteps": args.total_timesteps,
-        "global_step": state.global_step,
-        "training_seconds": state.seconds,
-        "settings": {**here, "cores": os.cpu_count(), "device": agent.device.type, "ranks": rank_count(), **versions},
-        "command": state.command,
-    }
+    results = score(agent, args) | dict(command=state.command, device=agent.device.type, ranks=RANKS)
+    results |= dict(total_timesteps=args.total_timesteps, global_step=state.global_step, training_seconds=state.seconds)
+    results |= dict(best_iteration=state.best_iteration, validation=validation)
     if args.capture_video or args.repo_id:
         record_video(agent, args, run / "replay.mp4")
     for name in {"ppo.py", SCRIPT, "requirements.txt"}:
         if (source := Path(__file__).with_name(name)).exists():
             shutil.copyfile(source, run / name)
-    draw_curve(args, state.curve)
+    draw_curve(args, state.curve, results["mean_reward"])
     state.log.flush("eval/mean_reward", results["mean_reward"])
     write_file(run / "results.json", results)  # last: it says that the run is finished
     return results
 
 
-def draw_curve(args: Args, curve: list[tuple]) -> None:
-    from matplotlib.figure import Figure
+def draw_curve(args: Args, curve: list[tuple], mean: float) -> None:
+    rows = np.reshape(curve, (-1, 3))
+    np.savetxt(args.run / "curve.csv", rows, "%.10g", ",", header="step,return,length", comments="")
+    with one_line("curve.png", "All else is there", code=0):
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
 
-    axes = (figure := Figure((6, 3), layout="constrained")).subplots()
-    axes.plot(*np.reshape(curve, (-1, 3)).T[:2])
-    axes.set(title=args.env_id, xlabel="environment steps", ylabel="episodic return")
-    figure.savefig(args.run / "curve.png")
+        axes = (figure := Figure((6, 3), layout="constrained")).subplots()
+        axes.plot(*rows.T[:2], ".-", markersize=1, label="training")
+        axes.plot(args.total_timesteps, mean, "o", clip_on=False, label=f"score {mean:.1f}")
+        axes.set(title=args.env_id, xlabel="steps", ylabel="episodic return", xlim=(0, args.total_timesteps))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        figure.savefig(args.run / "curve.png", dpi=150)
 
 
 def write_file(path: Path, data: bytes | Json) -> None:
@@ -1381,48 +1383,48 @@ OLD = ["replay.mp4", "*tfevents*"]  # a push deletes those of the one before
 
 
 @contextlib.contextmanager
-def one_line(what: str, remedy: str, code: int = 2):
+def one_line(what: str, remedy: str, code: int = 2):  # code 0: a warning
     try:
         yield
     except Stop:
         raise
     except Exception as error:
-        raise Stop(f"{what} failed: {brief(error)}. {remedy}", code) from None
+        message = f"{what} failed: {brief(error)}. {remedy}"
+        if code:
+            raise Stop(message, code) from None
+        warn(message)
 
 
 def find_policy(name: str, env_id: str = "") -> tuple[str, Path, Json]:
-    """Name, folder and config.json of an agent: a run's, trusted, or a stranger's, pinned to one commit."""
+    """Name, folder, config.json of an agent: a run's, trusted, or a stranger's, pinned to a commit."""
     folder = Path(name).expanduser()
-    with one_line(f"loading {name}", "Is it a run's folder, or a repo that ppo.py pushed?"):
+    with one_line(f"loading {name}", "If another ppo.py made it, use the one beside it"):
         if stranger := not folder.is_dir():
             repo_id, _, commit = name.partition("@")
             for file in POLICY:
                 found = hub.get_hf_file_metadata(hub.hf_hub_url(repo_id, file, revision=commit or None))
                 if (found.size or 0) > 2**28:
-                    raise Stop(f"refused {name}: {file} has {found.size} bytes, the limit is {2**28}")
+                    raise Stop(f"refused {name}: {file} has {found.size} bytes, more than {2**28}")
                 commit = str(found.commit_hash)
                 folder = Path(hub.hf_hub_download(repo_id, file, revision=commit)).parent
             name = f"{repo_id}@{commit}"
         config = json.loads((folder / "config.json").read_text())
-        if "action" not in config:
-            raise Stop(f"{name} is of another edition: use the ppo.py beside it")
         world = make_args(config)
         if stranger and not env_id:  # `module:Env-v0` would import the module
             register(world.plain_id)  # ALE's
             if world.env_id not in gym.registry:
-                raise Stop(f"refused {name}: {world.env_id!r} is not known here; if you trust it, name it: --env-id")
+                raise Stop(f"refused {name}: {world.env_id!r} is unknown here; if you trust it, give its --env-id")
         if stranger and not {*map(type, world.env_kwargs.values())} <= {bool, int, float}:
-            raise Stop(f"refused {name}: it passes more than numbers to its environment: {world.env_kwargs}")
+            raise Stop(f"refused {name}: its options are more than numbers: {world.env_kwargs}")
     return name, folder, config
 
 
 def make_args(config: Json) -> Args:
-    """The settings in a config.json, their names, types and ranges checked."""
+    """The settings in a config.json: names, types and ranges are checked."""
     hints: Any = get_type_hints(Args)
     types = {name: hints[name] for name in run_settings(Args())}
-    settings = config | {"hidden_sizes": tuple(config["hidden_sizes"])}
-    for name in "parts", "action", "masks":
-        del settings[name]
+    settings = {name: x for name, x in config.items() if name not in ("parts", "action", "masks")}
+    settings["hidden_sizes"] = tuple(settings["hidden_sizes"])
     for name, value in settings.items():
         whole = type(value) is int and types[name] is float
         type_validator(name, float(value) if whole else value, types[name])
@@ -1431,42 +1433,37 @@ def make_args(config: Json) -> Args:
 
 
 def load_agent(name: str, args: Args) -> Agent:
-    """Its files must be what an agent for this environment would save."""
+    """Its files must be what an agent for this world would save."""
     _, folder, config = find_policy(name, args.env_id)
     with one_line(f"loading {name}", f"Is it an agent for {args.env_id} with these settings?"):
-        shared = ("shape", "nvec", "start")  # the rest may be EnvPool's
-        saved, needed = ([c["parts"], c["masks"], *map(c["action"].get, shared)] for c in (config, look(args)))
+        saved, needed = ([c["parts"], c["masks"], c["action"]] for c in (config, look(args)))
         if saved != needed:
-            raise ValueError(f"it was made for {saved}, not {needed}")
+            raise ValueError(f"its world has {saved}, not {needed}")
         weights = safetensors.torch.load_file(folder / "model.safetensors")
         with torch.device("meta"):  # shapes without memory
             agent = Agent(**config)
-        planned = agent.state_dict()
+        types = {name: x.dtype for name, x in agent.state_dict().items()}
         agent.load_state_dict(weights, assign=True)
-        for key, x in weights.items():
-            if x.dtype != planned[key].dtype or not x.isfinite().all():
-                raise ValueError(f"{key} is not finite, or of the wrong type")
+        for name, x in weights.items():
+            if x.dtype != types[name] or not x.isfinite().all():
+                raise ValueError(f"{name} is not finite, or of the wrong type")
     return agent
 
 
 def push(args: Args, results: Json) -> None:
-    remedy = f"Check network and login, and try again: python {SCRIPT} --push {args.run} --repo-id {args.repo_id}"
+    remedy = f"Check network and login, then python {SCRIPT} --resume {args.run} --repo-id {args.repo_id}"
     with one_line(f"the push to {args.repo_id}", remedy, code=1):
         write_file(args.run / "README.md", model_card(args, args.repo_id, results).encode())
-        url = hub.upload_folder(
-            repo_id=hub.create_repo(args.repo_id, private=args.private or None, exist_ok=True).repo_id,
-            folder_path=args.run,
-            commit_message=f"PPO plays {args.env_id}",
-            allow_patterns=[*POLICY, *OLD, "README.md", "results.json", "curve.png", "*.py", "requirements.txt"],
-            delete_patterns=OLD,
-        )
+        files = [*POLICY, *OLD, "README.md", "results.json", "curve.*", "*.py", "requirements.txt"]
+        how: Json = dict(allow_patterns=files, delete_patterns=OLD, commit_message=f"PPO plays {args.env_id}")
+        repo_id = hub.create_repo(args.repo_id, exist_ok=True).repo_id
+        url = hub.upload_folder(repo_id=repo_id, folder_path=args.run, **how)
     print(f"pushed: {url}")
 
 
 def model_card(args: Args, repo_id: str | None, r: Json) -> str:
     env_id, rl = args.env_id, "reinforcement-learning"
     score = f"{r['mean_reward']:.2f} +/- {r['std_reward']:.2f}"
-    how = "greedy" if r["deterministic"] else "sampled"
     named = f" --env-id {env_id}" if ":" in env_id else ""  # else refused
     return f"""---
 library_name: ppo
@@ -1482,7 +1479,7 @@ model-index:
 
 # PPO agent playing {env_id}
 
-Mean return **{score}** over {r["n_evaluation_episodes"]} {how} episodes, after {r["global_step"]:,} steps in
+Mean return **{score}** over {r["episodes"]}, after {r["global_step"]:,} steps in
 {r["training_seconds"]:.0f} seconds of [PPO](https://arxiv.org/abs/1707.06347), by the `{SCRIPT}` in this repo.
 
 ![learning curve](curve.png)
@@ -1519,45 +1516,38 @@ def check_finite(metrics: dict[str, Tensor], iteration: int) -> None:
 
 def check_ranges(args: Args) -> None:
     for name, hint in get_type_hints(Args, include_extras=True).items():
-        words, fits = getattr(hint, "__metadata__", ("", lambda x: True))
+        words, fits, *_ = getattr(hint, "__metadata__", ("", lambda x: True))
         if not fits(getattr(args, name)):
             raise Stop(f"{flag(name)} must be {words}, got {getattr(args, name)}")
-    if not re.fullmatch(r"(\w[\w.=+-]*)?", args.run_name):
-        raise Stop(f"--run-name must be one plain folder name, got {args.run_name!r}")
 
 
 def check_training(args: Args) -> None:
     check_ranges(args)
-    N, ranks, k = args.num_envs, rank_count(), args.num_minibatches
-    units, mine = ("environments", N // ranks) if args.lstm_hidden_size else ("rows", args.batch_size // ranks)
-    priming = (args.norm_obs or args.norm_reward) and not args.init_from
-    needed = args.batch_size * (1 + priming)
+    N, k = args.num_envs, args.num_minibatches
+    units, mine = ("environments", N // RANKS) if args.lstm_hidden_size else ("rows", args.batch_size // RANKS)
+    needed = args.batch_size * (1 + (args.norm_obs or args.norm_reward))
     taken = [*args.run.glob("checkpoint-*.pt"), *args.run.glob("results.json")]
     wrong = {
-        f"--num-envs {N} is no multiple of the {ranks} ranks": N % ranks,
-        f"--num-minibatches {k} must divide the {mine} {units} of a rollout, as {math.gcd(mine, k)} does": mine % k,
-        "--norm-adv needs minibatches of at least 2 rows": args.norm_adv and args.batch_size == k * ranks,
+        f"--num-envs {N} is no multiple of the {RANKS} ranks": N % RANKS,
+        f"--num-minibatches {k} must divide a rollout's {mine} {units}, as {math.gcd(mine, k)} does": mine % k,
+        "--norm-adv needs minibatches of at least 2 rows": args.norm_adv and args.batch_size == k * RANKS,
         f"--total-timesteps must be at least {needed}, or lower --num-steps": args.total_timesteps < needed,
         "--norm-reward and --clip-reward exclude each other": args.norm_reward and args.clip_reward,
         "--compile cannot take an LSTM": args.compile and args.lstm_hidden_size,
         "--compile needs a C++ compiler": args.compile and not shutil.which(os.environ.get("CXX", "g++")),
-        "--render goes with --evaluate": args.render,
         f"{args.run} exists: choose another --run-name, or --resume {args.run}": taken and not args.resume,
-        "--track takes `pip install wandb`": args.track and not importlib.util.find_spec("wandb"),
     }
-    for message, is_wrong in wrong.items():
-        if is_wrong:
-            raise Stop(message)
+    for message in filter(wrong.get, wrong):
+        raise Stop(message)
 
 
 def brief(error: Exception) -> str:
-    """What it says, in one line fit to publish."""
-    words = " ".join(hide_home(str(error).split())).rstrip(".")
+    words = HOME.sub("~/", " ".join(str(error).split())).rstrip(".") or "it gives no reason"
     return f"{type(error).__name__}: {words:.300}"
 
 
 def warn(message: str) -> None:
-    if rank() == 0:
+    if RANK == 0:
         print(f"warning: {message}", file=sys.stderr)
 
 
@@ -1565,18 +1555,21 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+HOME = re.compile(rf"(?<!\w){re.escape(os.path.expanduser('~'))}/")  # is private
 print_once = cache(partial(print, flush=True))
 
-# Tuned on seeds above 100, which are never reported
+# Tuned on seeds above 100, never reported
 LOOSE: Json = dict(clip_vloss=False)
 BOTH: Json = dict(norm_obs=True, norm_reward=True)
 STEADY = BOTH | dict(desired_kl=0.01)
 WIDE = STEADY | LOOSE | dict(hidden_sizes=(128, 128))
+SMALL = WIDE | dict(norm_obs=False)
 RELU = LOOSE | dict(norm_reward=True, activation="relu")
 LINEAR = LOOSE | dict(hidden_sizes=())
 IMAGES = LINEAR | dict(clip_coef=0.1)
-STICKY = {"repeat_action_probability": 0.0}  # never
-ATARI = IMAGES | dict(clip_reward=True, episodic_life=True, eval_episodes=30, env_kwargs=STICKY)
+ATARI = IMAGES | dict(
+    clip_reward=True, episodic_life=True, eval_episodes=30, env_kwargs={"repeat_action_probability": 0.0}
+)
 FORCES = BOTH | dict(env_kwargs={"include_cfrc_ext_in_observation": False})
 
 # These columns, without the last ones if Args' defaults fit (CleanRL's), and what else differs
@@ -1588,24 +1581,19 @@ TABLE: list[tuple] = [
     ("none", {}),
     ("general, discrete actions", *DISCRETE, WIDE),
     ("general, discrete actions, few steps", 500_000, 4, 256, 8, 6, 1e-3, WIDE),
-    ("general, continuous actions", 500_000, 8, 256, 8, 10, 1e-3, 0.0, -0.5, STEADY),
+    ("general, continuous actions", *MUJOCO, -0.5, STEADY),
     ("general, continuous actions, few steps", 500_000, 4, 256, 16, 10, 1e-3, 0.0, -0.5, STEADY),
     ("general, images", 500_000, 8, 128, 32, 3, IMAGES | dict(norm_reward=True)),
-    ("general, small images", *DISCRETE, WIDE | dict(norm_obs=False)),
+    ("general, small images", *DISCRETE, SMALL),
+    ("general, small images, few steps", 500_000, 8, 128, 4, 4, 1e-3, SMALL),
     ("CartPole-v1", 100_000, 64, 32, 8, 5, 2e-3, 0.01, 0.0, 0.8, 0.98, LOOSE),
     ("Acrobot-v1", 500_000, 16, 128, 8, 10, 2e-3, 0.0, 0.0, 0.94, BOTH | LOOSE),
-    ("MountainCar-v0", *DISCRETE, WIDE),
     ("Pendulum-v1", 100_000, 4, 256, 16, 10, 1e-3, 0.0, 0.0, 0.9, 0.97, RELU),
     ("LunarLander*-v3", 10**6, 16, 256, 8, 6, 2e-3, 0.002, 0.0, 0.98, 0.998, RELU | dict(hidden_sizes=(128, 128))),
     ("BipedalWalker-v3", 5_000_000, 32, 256, 16, 10, 3e-4, 0.0, -0.5, BOTH),
-    ("CarRacing-v3", 300_000, 16, 128, 32, 3, 5e-4, 0.0, -0.5, LINEAR | dict(
-     norm_reward=True, eval_episodes=30, vectorization="async", frame_stack=2,
-     rescale_actions=False, deterministic=False)),  # greedy, it hardly moves
-    ("InvertedPendulum-v5", *MUJOCO, -0.5, BOTH),
+    ("CarRacing-v3", 300_000, 16, 128, 32, 3, 5e-4, 0.0, -0.5, LINEAR | dict(norm_reward=True, eval_episodes=30,
+     vectorization="async", frame_stack=2, rescale_actions=False, deterministic=False)),  # greedy, it stands
     ("InvertedDoublePendulum-v5", *MUJOCO, -0.5, BOTH | dict(validation_episodes=100)),
-    ("Hopper-v5", *MUJOCO, -0.5, STEADY),
-    ("Walker2d-v5", *MUJOCO, -0.5, STEADY),
-    ("Pusher-v5", *MUJOCO, -0.5, STEADY),
     ("Swimmer-v5", 10**6, 8, 512, 8, 10, 1e-3, 0.0, 0.0, 0.98, 0.999, LOOSE | dict(norm_obs=True)),
     ("HalfCheetah-v5", 10**6, 4, 512, 8, 10, 1e-3, 0.0, -1.5, 0.9, BOTH),
     ("Reacher-v5", 10**6, 16, 128, 32, 10, 1e-3, 0.0, -1.5, 0.9, 0.9, BOTH),
@@ -1618,10 +1606,17 @@ TABLE: list[tuple] = [
 PRESETS: dict[str, Json] = {name: dict(zip(COLUMNS, numbers)) | more for name, *numbers, more in TABLE}
 
 SCRIPT = Path(__file__).name  # in printed commands; a script that imports this one sets its own
-LAUNCH = f"torchrun --nproc-per-node {rank_count()}" if rank_count() > 1 else "python"
-MODES = ("evaluate", "init_from", "resume", "push")
-# What may differ when a run is resumed or pushed
-FREE = ("device", "render", "track", "wandb_project_name", "wandb_entity", "repo_id", "private", "capture_video")
+LAUNCH = f"torchrun --nproc-per-node {RANKS}" if RANKS > 1 else "python"
+MODES = ("init_from", "evaluate", "resume")
+# What may differ when a run is resumed
+FREE = ("device", "repo_id", "capture_video")
+
+
+OURS = dict(
+    cuda="--device", torch_deterministic="always so", save_model="always so", upload_model="--repo-id",
+    hf_entity="--repo-id", track="see recipes.md", algo="PPO", env="--env-id", n_timesteps="--total-timesteps",
+    render="--capture-video", push="--resume", exp_name="--run-name",
+)  # fmt: skip
 
 
 def preset_args(args: Args) -> Args:
@@ -1630,11 +1625,10 @@ def preset_args(args: Args) -> Args:
     if not (name := args.preset or next(fits, "")):
         config = look(args)
         images = [is_large(part) for part in config["parts"] if part["kind"] == "pixels"]
-        kind = f"{'discrete' if 'nvec' in config['action'] else 'continuous'} actions"
-        if args.total_timesteps <= 200_000:
+        acts = "discrete actions" if "nvec" in config["action"] else "continuous actions"
+        kind = "images" if any(images) else "small images" if images else acts
+        if args.total_timesteps <= 200_000 and not any(images):
             kind += ", few steps"
-        if images:
-            kind = "images" if any(images) else "small images"
         name = f"general, {kind}"
     if name not in PRESETS:
         raise Stop(f"no preset {name!r}; there are: {'; '.join(PRESETS)}")
@@ -1642,17 +1636,25 @@ def preset_args(args: Args) -> Args:
 
 
 # ---- The program -------------------------------------------------------------
-def hide_home(words: list[str]) -> list[str]:
-    return [re.sub(rf"(?<!\w){re.escape(os.path.expanduser('~'))}/", "~/", word) for word in words]
+def read_option(word: str) -> Any:
+    """A number, bool, None, list or dict of Python or JSON; else a string."""
+    for read in json.loads, ast.literal_eval:
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):
+            return json.loads(json.dumps(read(word)))
+    return word
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags over a preset, or over a named run's settings."""
-    read: Any = partial(tyro.cli, Args, args=hide_home(sys.argv[1:] if argv is None else argv), prog=SCRIPT)
-    first, _ = read(default=Args(env_id=""), return_unknown_args=True, add_help=False)
+    typed = [HOME.sub("~/", word) for word in (sys.argv[1:] if argv is None else argv)]
+    read: Any = partial(tyro.cli, Args, args=typed, prog=SCRIPT)
+    first, unknown = read(default=Args(env_id=""), return_unknown_args=True, add_help=False)
+    for word in unknown:
+        if ours := OURS.get(word.strip("-").replace("-", "_")):  # CleanRL's and the zoo's names
+            raise Stop(f"there is no {word} here: {ours}")
     named = {mode: name for mode in MODES if (name := getattr(first, mode)) is not None}
     if len(named) > 1 or "" in named.values():
-        raise Stop(f"{' and '.join(map(flag, named))}: choose one, and give a run's folder or a repo")
+        raise Stop(f"{' and '.join(map(flag, named))}: give one, with a run's folder or a repo")
     if not named:
         usual = preset_args(replace(first, env_id=first.env_id or Args.env_id))
     for mode, name in named.items():
@@ -1661,13 +1663,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if first.init_from:
         other = first.env_id not in ("", usual.env_id)
         usual = replace(usual, run_name="", env_kwargs={} if other else usual.env_kwargs)
-    args = read(default=replace(usual, env_kwargs={}))  # tyro takes the keys of a filled dict for flags
-    args = replace(args, env_kwargs=usual.env_kwargs | args.env_kwargs, **named)
+    args = replace(read(default=usual), **named)
     check_ranges(args)
     old, new = run_settings(usual), run_settings(args)
-    changed = [f"{flag(name)} {old[name]} -> {new[name]}" for name in old if old[name] != new[name]]
-    if changed and (args.resume or args.push):
-        raise Stop(f"the settings of a run are part of it: leave out {'; '.join(changed)}")
+    trained = (args.run / f"checkpoint-{args.num_iterations:08d}.pt").exists()
+    free = ("eval_episodes", "deterministic") if trained else ()  # it is only scored
+    changed = [f"{flag(k)} {old[k]} -> {new[k]}" for k in old if old[k] != new[k] and k not in free]
+    if changed and args.resume:
+        raise Stop(f"a run keeps its settings: leave out {'; '.join(changed)}")
     return name_run(args)
 
 
@@ -1679,53 +1682,50 @@ def on_signal(signum: int, frame) -> None:
 
 
 def run_command(args: Args) -> None:
-    """Play, push, or train and all that follows."""
     if args.evaluate:
         agent = load_agent(args.evaluate, args)
         agent.to(choose_device(args, agent.parts))
-        if args.render:
-            watch(agent, args)
         score(agent, args)
         if args.capture_video:
-            run, repo = Path(args.evaluate).expanduser(), args.evaluate.partition("@")[0].replace("/", "--")
-            folder = run if run.is_dir() else Path("runs", repo)
+            if not (folder := Path(args.evaluate).expanduser()).is_dir():
+                folder = Path("runs", args.evaluate.partition("@")[0].replace("/", "--"))
             record_video(agent, args, folder / "replay.mp4")
         return
     finished = args.run / "results.json"
-    if args.push and not (args.repo_id and finished.exists()):
-        raise Stop(f"--push needs --repo-id me/name, and a finished run: --resume {args.run}")
-    if args.repo_id and rank() == 0:  # fail now, not after hours of training
-        with one_line(f"access to {args.repo_id}", "Log in with `hf auth login`, or train now and --push later"):
-            repo_id = hub.create_repo(args.repo_id, private=args.private or None, exist_ok=True).repo_id
-            hub.auth_check(repo_id, write=True)  # read tokens get this far
-            if args.private and not hub.repo_info(repo_id).private:
-                raise Stop(f"{repo_id} is public: make it private on the Hub, or leave out --private")
+    if args.repo_id and RANK == 0:  # fail now, not after hours
+        with one_line(f"access to {args.repo_id}", "Try `hf auth login`, or push later by --resume"):
+            repo_id = hub.create_repo(args.repo_id, exist_ok=True).repo_id
+            hub.auth_check(repo_id, write=True)
             args = replace(args, repo_id=repo_id)
-    if finished.exists() and (args.push or args.resume):
+    if finished.exists() and args.resume:
         print(f"{args.run} is finished")
         results = json.loads(finished.read_text())
     else:
         state = train(args)
-        if rank() > 0:
+        if RANK > 0:
             return
         results = finish(state)
     if args.repo_id:
         push(args, results)
-    print(f"run: {args.run}")
+    film, share = f"--evaluate {args.run} --capture-video", f"--resume {args.run} --repo-id me/name"
+    print(f"run: {args.run}; next: python {SCRIPT} {film}, or {share}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Its exit code: 2 for what ends before training, 1 for what fails later, 128 + n by signal n."""
+    """The exit code: 2 before training, 1 for what fails later, 128 + n by signal n."""
     args, go_on, code = None, "", 0
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
+    sys.path.append(os.getcwd())  # for the user's module
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     try:
         run_command(args := parse_args(argv))
     except BaseException as error:
-        if args and (args.run / "config.json").exists() and not (args.run / "results.json").exists():
-            go_on = f"\nTo go on: {LAUNCH} {SCRIPT} --resume {args.run}"
+        begun = args and (args.run / "config.json").exists() and not (args.run / "results.json").exists()
+        if begun and not isinstance(error, Stop):
+            saved = max(args.run.glob("checkpoint-*.pt"), default=args.run).stem[-8:]
+            go_on = f"\nTo go on after iteration {saved}: {LAUNCH} {SCRIPT} --resume {args.run}"
         match error:
             case KeyboardInterrupt():
                 message, code = "stopped", 128 + (*error.args, signal.SIGINT)[0]
@@ -1733,13 +1733,13 @@ def main(argv: list[str] | None = None) -> int:
                 message, code = f"error: {error}", error.code
             case MemoryError() | RuntimeError() if "memory" in repr(error).lower() and not hasattr(error, "__notes__"):
                 message, code = "error: out of memory: lower --num-envs, --num-steps or --hidden-sizes", 1
-            case OSError() if error.errno and not hasattr(error, "__notes__"):  # not an environment's
-                message, code = f"error: {error.strerror}, in {args.run if args else Path.cwd()}", 1
+            case OSError() if not hasattr(error, "__notes__"):  # not an environment's
+                message, code = f"error: {error.strerror or error}, in {args.run if args else Path.cwd()}", 1
             case _:
                 error.add_note(go_on)
                 raise
-        if code != 2 or rank() == 0 or dist.is_initialized():  # before that, one says what all know
-            print(message if code == 2 else message + go_on, file=sys.stderr)
+        if code != 2 or RANK == 0 or dist.is_initialized():  # before that, one says what all know
+            print(message + go_on, file=sys.stderr)
     if dist.is_initialized():
         dist.destroy_process_group()
     return code

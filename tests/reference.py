@@ -7,38 +7,48 @@
     python tests/reference.py --frames runs/<run>                   # only frames.png, from that run's replay.mp4
     python tests/reference.py --learned runs/<run>                  # only learned.png: its frames, and its curve beside
 
-Interrupt it at any time; the same command goes on where it was. A run works in runs/work-<env>-seed<k>, with its
-console in the .log beside. Once it is finished, runs/reference/<env>/ keeps of it what the results are made from:
+Run it in a clone of the commit that the rows are to name. It begins by saying what is left, and how long that will
+take. Interrupt it at any time; the same command goes on where it was. A run works in runs/work-<env>-seed<k>, with its
+console in the .log beside. Once it is finished, runs/reference/<env>/ keeps of it what the results are made from; if
+another page made the row that stands there, runs/reference/next/<env>/ does, until all seeds are there to replace it:
 
     seed<k>.json            its results.json: the greedy episodes, 100 or 30, of the agent it would publish
     curve.csv, curve.png    mean return of the training episodes that ended in each hundredth of the run, by seed
-    hyperparameters.json    what all of these seeds were trained with; without rescale_actions, by the second edition
+    hyperparameters.json    what all of these seeds were trained with; without rescale_actions, by the second edition;
+                            "fingerprint": how far weights move in two iterations
 
 From these files alone follow summary.json and curves.png in runs/reference/, and what stands between the two marks
 <!-- results --> and <!-- /results --> in README.md and in runs/reference/results.md.
 """
 
+import contextlib
+import importlib.metadata
 import io
 import json
 import logging
 import os
+import platform
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ppo
 from ppo import PRESETS, parse_args, write_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,14 +189,29 @@ def work_folder(row: Row, seed: int) -> Path:
     return ROOT / "runs" / f"work-{row.name}-seed{seed}"
 
 
+@cache
+def target_folder(row: Row) -> Path:
+    """Where new seeds of a row go: to those that are there, if the page learns as it did for them."""
+    folder, new = reference_folder(row), REFERENCE / "next" / row.name
+    if not list(folder.glob("seed*.json")) or made_alike(row, folder):
+        return folder
+    if new.exists() and not made_alike(row, new):
+        shutil.rmtree(new)
+    return new
+
+
+def made_alike(row: Row, folder: Path) -> bool:
+    return not other_settings(row, folder) and read_settings(folder)[0].get("fingerprint") == fingerprint(row)
+
+
 def run_rows(queue: list[tuple[Row, int]], jobs: int) -> int:
     """Train what is not finished yet; the exit code."""
-    missing = [(row, seed) for row, seed in queue if not (reference_folder(row) / f"seed{seed}.json").exists()]
+    missing = [(row, seed) for row, seed in queue if not (target_folder(row) / f"seed{seed}.json").exists()]
     for row, seed in queue:
-        for folder in (reference_folder(row), work_folder(row, seed)):
-            edition = ["edition"] if (row, seed) in missing and read_settings(folder)[1] == "second edition" else []
-            if changed := other_settings(row, folder) + edition:
-                sys.exit(f"{folder} was trained with other settings ({', '.join(changed)}): remove it to start anew")
+        if changed := other_settings(row, work_folder(row, seed)):
+            sys.exit(f"{work_folder(row, seed)} was begun with other settings ({', '.join(changed)}): remove it")
+    seconds = [summarize(row, reference_folder(row)).get("training_seconds", 0) for row, _ in missing]
+    print(f"{len(missing)} runs are left, about {sum(seconds) / 3600 / jobs:.1f} hours", flush=True)
     return run_all(missing, jobs, start, collect)
 
 
@@ -254,22 +279,50 @@ def other_settings(row: Row, folder: Path) -> list[str]:
     For the second edition, which stretched no actions, a deviation was another thing; its null is 0 now."""
     then, edition = read_settings(folder)
     now = json.loads(json.dumps(asdict(parse_args(row.command))))
-    free = ("seed", "run_name", "logstd_init" if edition == "second edition" else "")
+    free = ("seed", "run_name", "preset", "fingerprint", "logstd_init" if edition == "second edition" else "")
     return [name for name in then if name in now and (then[name] or 0) != (now[name] or 0) and name not in free]
 
 
 def collect(row: Row, seed: int) -> str:
     """Copy what a finished run has shown to the reference folder, its results last: they mark it as done."""
-    run, folder = work_folder(row, seed), reference_folder(row)
+    run, folder = work_folder(row, seed), target_folder(row)
     folder.mkdir(parents=True, exist_ok=True)
     settings, _ = read_settings(run)
     total, left = int(settings["total_timesteps"]), ("seed", "run_name", "parts", "action", "masks")
+    settings |= {"fingerprint": read_settings(folder)[0].get("fingerprint") or fingerprint(row)}
     write_file(folder / "hyperparameters.json", {k: v for k, v in settings.items() if k not in left})
     curves = read_curves(folder / "curve.csv")[1] if (folder / "curve.csv").exists() else {}
     write_curves(folder / "curve.csv", total, curves | {seed: learning_curve(*training_returns(run), total)})
-    results = json.loads((run / "results.json").read_text())
+    results = json.loads((run / "results.json").read_text()) | {"settings": made_with()}
     write_file(folder / f"seed{seed}.json", results)
+    if folder != reference_folder(row) and len(list(folder.glob("seed*.json"))) >= row.seeds:
+        shutil.rmtree(reference_folder(row))
+        folder.rename(reference_folder(row))
+        target_folder.cache_clear()
     return "{mean_reward:.2f} +/- {std_reward:.2f}, {training_seconds:.0f} s".format(**results)
+
+
+def made_with() -> dict:
+    """The commit, the machine and the packages of now."""
+    names = ("torch", "gymnasium", "numpy", "box2d", "mujoco", "ale-py", "minatar")
+    packages = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    commit = subprocess.run(
+        ["git", "log", "-1", "--format=%h"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    here = {"ppo.py": commit, "python": platform.python_version(), "machine": platform.machine(), "threads": 1}
+    return here | {"cores": os.cpu_count()} | {name: packages[name] for name in names if name in packages}
+
+
+def fingerprint(row: Row) -> float:
+    """How far all weights have moved in two iterations of seed 1: elsewhere, if a page learns otherwise.
+    To four digits, for processors round differently."""
+    began = []
+    two = lambda state: began.append(state.optimizer.theta.clone()) or [range(2)]  # noqa: E731
+    with tempfile.TemporaryDirectory() as folder, mock.patch("ppo.legs", two):
+        flags = ["--run-name", "two", "--validation-episodes", "0", "--checkpoint-every", "2", "--device", "cpu"]
+        with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+            state = ppo.train(parse_args([*row.command, *flags]))
+    return float(f"{(state.optimizer.theta - began[0]).norm().item():.4g}")
 
 
 # ---- Learning curves ---------------------------------------------------------
@@ -357,7 +410,7 @@ def draw(env_id: str, folder: Path) -> None:
 def worlds(summary: list[dict]) -> list[dict]:
     """The rows that have results, one for each world: the one with the steps of its preset."""
     plain = [row for row in summary if row["seeds"] and not row.get("label")]
-    return [row for row in plain if row["steps"] == preset_steps(row["env_id"])]
+    return [row for row in plain if preset_steps(row["env_id"]) in (None, row["steps"])]
 
 
 def published_means(published: str) -> list[float]:
@@ -460,8 +513,8 @@ def summarize(row: Row, folder: Path) -> dict:
         "high": high, "min": means.min(), "std_over_episodes": np.mean([r["std_reward"] for r in found]),
         "training_seconds": np.median([r["training_seconds"] for r in found]),
     }  # fmt: skip
-    made_with = merge([{"ppo.py": read_settings(folder)[1]} | r["settings"] for r in found])
-    return summary | {name: round(float(value), 4) for name, value in numbers.items()} | {"made_with": made_with}
+    made = merge([{"ppo.py": read_settings(folder)[1]} | r["settings"] for r in found])
+    return summary | {name: round(float(value), 4) for name, value in numbers.items()} | {"made_with": made}
 
 
 def merge(settings: list[dict]) -> dict[str, list[str]]:

@@ -93,7 +93,8 @@ def test_a_row_by_hand(tmp_path):
     usual = summary | {"env_id": "CartPole-v1", "steps": 100_000}  # the README shows what a world's preset reaches
     others = [summary, usual | {"steps": 200_000}, usual | {"seeds": []}]
     assert reference.short_table([usual, *others]).splitlines()[2:] == [
-        "| CartPole-v1 | 100k | 3 of 4 | 2.33 +/- 1.53 | 0.5 | 120 s |"
+        "| CartPole-v1 | 100k | 3 of 4 | 2.33 +/- 1.53 | 0.5 | 120 s |",
+        "| Some-v0 | 2.5M | 3 of 4 | 2.33 +/- 1.53 | 0.5 | 120 s |",  # it has no preset
     ]
 
 
@@ -110,14 +111,56 @@ def test_every_row_but_one_has_the_steps_of_the_preset():
     assert len(ROWS) == len(reference.ROWS)  # each has a folder of its own
 
 
-def test_settings_are_compared_but_for_the_deviation_of_the_second_edition_and_never_mixed(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "reference_folder", lambda row: tmp_path)
-    second = {"gamma": 0.9, "target_kl": None, "logstd_init": -3, "seed": 7, "precision": "auto"}
-    for then, changed in ((second, "gamma"), (second | {"rescale_actions": True}, "gamma, logstd_init"),
-                          (second | {"gamma": 0.98}, "edition")):  # fmt: skip
-        reference.write_file(tmp_path / "hyperparameters.json", json.dumps(then).encode())
-        with pytest.raises(SystemExit, match=rf"trained with other settings \({changed}"):
-            reference.run_rows([(reference.ROWS[0], 1)], 1)
+def row_folders(tmp_path, monkeypatch):
+    """A row whose folder is here, with a seed of this page in it."""
+    monkeypatch.setattr(reference, "REFERENCE", tmp_path)
+    monkeypatch.setattr(reference, "fingerprint", lambda row: 1.25)
+    reference.target_folder.cache_clear()
+    row = reference.ROWS[0]
+    folder = reference.reference_folder(row)
+    folder.mkdir(parents=True)
+    settings = json.loads(json.dumps(reference.asdict(reference.parse_args(row.command)))) | {"fingerprint": 1.25}
+    (folder / "hyperparameters.json").write_text(json.dumps(settings))
+    (folder / "seed1.json").write_text("{}")
+    return row, folder, settings
+
+
+@pytest.mark.parametrize("change, name", [({}, "CartPole-v1"), ({"seed": 7, "preset": ""}, "CartPole-v1"),
+                                          ({"gamma": 0.9}, "next/CartPole-v1"),
+                                          ({"fingerprint": 1.26}, "next/CartPole-v1")])  # fmt: skip
+def test_seeds_of_pages_that_learn_otherwise_are_never_mixed(change, name, tmp_path, monkeypatch):
+    row, folder, settings = row_folders(tmp_path, monkeypatch)
+    (folder / "hyperparameters.json").write_text(json.dumps(settings | change))
+    assert reference.target_folder(row) == tmp_path / name
+
+
+def test_a_row_is_replaced_once_all_its_seeds_are_there(tmp_path, monkeypatch):
+    row, folder, settings = row_folders(tmp_path, monkeypatch)
+    (folder / "hyperparameters.json").write_text(json.dumps(settings | {"fingerprint": 2.0}))
+    results = {"mean_reward": 1.0, "std_reward": 0.0, "training_seconds": 2.0}
+    monkeypatch.setattr(reference, "work_folder", lambda row, seed: tmp_path / "work")
+    monkeypatch.setattr(reference, "training_returns", lambda run: (np.array([5]), np.array([1.0])))
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "config.json").write_text(json.dumps(settings))
+    for seed in range(1, row.seeds + 1):
+        assert (folder / "seed1.json").read_text() == "{}"  # the old one stands
+        (tmp_path / "work" / "results.json").write_text(json.dumps(results | {"seed": seed}))
+        reference.collect(row, seed)
+    assert len(list(folder.glob("seed*.json"))) == row.seeds and not (tmp_path / "next" / row.name).exists()
+    assert json.loads((folder / "seed1.json").read_text())["settings"]["torch"].startswith("2.")
+    assert reference.read_settings(folder)[0]["fingerprint"] == 1.25
+
+
+FINGERPRINTS = {folder.name: x for folder in FOLDERS if (x := reference.read_settings(folder)[0].get("fingerprint"))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", FINGERPRINTS)
+def test_rows_of_the_table_are_learned_as_this_page_learns(folder):
+    row = next(row for row in reference.ROWS if row.name == folder)
+    if row.env_id.startswith("worlds:"):
+        pytest.importorskip("worlds")
+    assert reference.fingerprint(row) == pytest.approx(FINGERPRINTS[folder], rel=2e-3)
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=name)

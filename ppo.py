@@ -707,7 +707,7 @@ def channels_first(images: Tensor, shape: list[int]) -> Tensor:
     return images.flatten(-4, -3) if len(shape) == 4 else images
 
 
-# In small images a byte is a brightness or, as in MiniGrid, the number of a thing: both are shown
+# In small images a byte is a brightness or, as in MiniGrid, a thing's number: both are shown
 SMALL_BYTES = torch.cat([torch.eye(256)[:, 1:16], torch.linspace(0, 1, 256).unsqueeze(1)], 1)
 
 
@@ -904,6 +904,8 @@ def make_envs(args: Args, seeds: list[int], training: bool, render: str) -> tupl
         else:
             options |= {"render_mode": render} if render else {}
             spec = gym.spec(env_id)
+            if "ale_py" in str(spec.entry_point):
+                print_once(f"{env_id} shows raw frames; ALE/..., by --vectorization auto, not")
             makers = [partial(make_env, spec, options, args.frame_stack, i, seed) for i, seed in enumerate(seeds)]
             if mode == "async" and training:
                 start = "forkserver" if sys.platform == "linux" else None  # a fork would not survive OpenGL
@@ -935,8 +937,6 @@ def make_env(spec: Any, options: Json, frame_stack: int, i: int, seed: int) -> g
     env = Answers(env, i)
     if spec.max_episode_steps:
         env = gym.wrappers.TimeLimit(env, spec.max_episode_steps)
-    if "ale_py" in str(spec.entry_point):
-        print_once(f"{spec.id} shows raw frames; prepared are ALE/..., by --vectorization auto")
     if frame_stack > 1:  # of copies: an environment may give the same array again
         env = gym.wrappers.TransformObservation(env, copy.deepcopy, None)
         env = gym.wrappers.FrameStackObservation(env, frame_stack)
@@ -966,7 +966,7 @@ class Answers(gym.Wrapper):
             error.add_note(f"raised by {self.name}")
             raise
         if not isinstance(answer, tuple) or len(answer) != n:
-            raise ValueError(f"{self.name} gave {len(answer)} values, not the {n} of gymnasium.Env")
+            raise ValueError(f"{self.name} gave no tuple of {n}: see gymnasium.Env")
         obs, *rest, info = answer
         if (shape := self.observation_space.shape) is not None and np.shape(obs) != shape:
             raise ValueError(f"{self.name} gave an observation of shape {np.shape(obs)}, not {shape}")
@@ -1240,8 +1240,8 @@ def open_run(args: Args) -> State:
     state = State(args, agent, Adam(agent), args.learning_rate, command)
     if RANK == 0:
         run.mkdir(parents=True, exist_ok=True)
-        with one_line(f"locking {run}", "Another process trains it: choose another --run-name"):
-            state.lock = FileLock(run / "lock").acquire(blocking=False)
+        with one_line(f"locking {run}", "Another process trains it"):
+            state.lock = FileLock((run / "lock").resolve(), is_singleton=True).acquire(blocking=False)
     if args.resume:
         state.restore()
     elif RANK == 0:
@@ -1344,7 +1344,7 @@ def finish(state: State) -> Json:
             shutil.copyfile(source, run / name)
     draw_curve(args, state.curve, results["mean_reward"])
     state.log.flush("eval/mean_reward", results["mean_reward"])
-    write_file(run / "results.json", results)  # last: it says that the run is finished
+    write_file(run / "results.json", results)  # last: the run is finished
     return results
 
 
@@ -1593,6 +1593,7 @@ TABLE: list[tuple] = [
     ("BipedalWalker-v3", 5_000_000, 32, 256, 16, 10, 3e-4, 0.0, -0.5, BOTH),
     ("CarRacing-v3", 300_000, 16, 128, 32, 3, 5e-4, 0.0, -0.5, LINEAR | dict(norm_reward=True, eval_episodes=30,
      vectorization="async", frame_stack=2, rescale_actions=False, deterministic=False)),  # greedy, it stands
+    ("Hopper-v5", *MUJOCO, STEADY),
     ("InvertedDoublePendulum-v5", *MUJOCO, -0.5, BOTH | dict(validation_episodes=100)),
     ("Swimmer-v5", 10**6, 8, 512, 8, 10, 1e-3, 0.0, 0.0, 0.98, 0.999, LOOSE | dict(norm_obs=True)),
     ("HalfCheetah-v5", 10**6, 4, 512, 8, 10, 1e-3, 0.0, -1.5, 0.9, BOTH),

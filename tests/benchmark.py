@@ -9,6 +9,7 @@ Every run is a process of its own, and those to be compared take turns, so that 
 are medians over the repeats; in brackets, how many times faster ppo.py is, eager. Commands stand below the tables; all
 run with OMP_NUM_THREADS=1, but for images. What is timed:
 - ppo.py: global_step / training_seconds of its results.json: without start-up and evaluation, with compilation.
+- EnvPool: by pool.py, as it stands in recipes.md.
 - SB3: Stable-Baselines3 at the same hyperparameters, `learn` alone; it has no EnvPool.
 - CleanRL, LeanRL, purejaxrl: at the same hyperparameters, each in an environment of its own that is made
   beside it, with the versions below; the steps/s that the first two print last, and without compilation for the third.
@@ -43,6 +44,7 @@ sys.path.insert(0, str(ROOT))
 
 import ppo  # noqa: E402
 
+LANDER_POOL = "--env-id pool:Pool/LunarLander-v3 --preset 'LunarLander*-v3'"
 CLEANRL = "--num-envs 4 --num-steps 128 --num-minibatches 4 --update-epochs 4 --learning-rate 2.5e-4 --gamma 0.99 " \
           "--gae-lambda 0.95 --clip-vloss"  # fmt: skip
 CONTINUOUS = "--preset none --num-envs 1 --num-steps 2048 --num-minibatches 32 --update-epochs 10 " \
@@ -53,10 +55,10 @@ ROWS = {  # name: flags, steps of one run, repeats, who runs beside it
     "cartpole-cleanrl": (f"--env-id CartPole-v1 {CLEANRL}", 50_000, 5, ["sb3", CLASSIC, "purejaxrl"]),
     "cartpole": ("--env-id CartPole-v1", 100_000, 5, ["sb3", CLASSIC]),
     "lunarlander": ("--env-id LunarLander-v3", 60_000, 3, ["sb3", CLASSIC]),
-    "lunarlander-envpool": ("--env-id LunarLander-v3 --vectorization envpool", 60_000, 3, []),
+    "lunarlander-envpool": (LANDER_POOL, 60_000, 3, []),
     "hopper": ("--env-id Hopper-v5", 40_000, 3, ["sb3", JOINTS]),
     "halfcheetah-cleanrl": (f"--env-id HalfCheetah-v5 {CONTINUOUS}", 43_008, 3, ["sb3", JOINTS, LEANRL]),
-    "halfcheetah-envpool": ("--env-id HalfCheetah-v5 --vectorization envpool", 40_000, 3, []),
+    "halfcheetah-envpool": ("--env-id pool:Pool/HalfCheetah-v5 --preset HalfCheetah-v5", 40_000, 3, []),
     "pong": ("--env-id ALE/Pong-v5", 10_240, 1, ["sb3"]),
 }  # fmt: skip
 SHORT = ["cartpole-cleanrl", "lunarlander"]
@@ -68,8 +70,7 @@ SPLIT = "--env-id LunarLander-v3 --vectorization sync --num-envs 32 --num-steps 
 GROWTH = (  # what grows, flags, ranks, steps of one run
     *((f"CartPole-v1, {n} environments", f"--env-id CartPole-v1 --num-envs {n} --num-steps 32", 1, 160 * n + 20_000)
       for n in (1, 8, 64, 512, 4096)),
-    *((f"LunarLander-v3, EnvPool, {n} environments",
-       f"--env-id LunarLander-v3 --vectorization envpool --num-envs {n} --num-steps 32", 1, 96 * n + 10_000)
+    *((f"LunarLander-v3, EnvPool, {n} environments", f"{LANDER_POOL} --num-envs {n} --num-steps 32", 1, 96 * n + 10_000)
       for n in (1, 8, 64, 512, 4096)),
     *((f"CartPole-v1, 64 environments, hidden width {n}", f"{WIDE} --hidden-sizes {n} {n}", 1, 20_480)
       for n in (64, 256, 1024)),
@@ -99,6 +100,9 @@ def measure(*command, images=False, environment=()):
     """Run a command: its wall seconds, peak memory in MB, standard output and folder; None if it fails."""
     folder = Path(tempfile.mkdtemp())
     words = [str(word) for part in command for word in (shlex.split(part) if isinstance(part, str) else [part])]
+    if any(word.startswith("pool:") for word in words):
+        recipes = (ROOT / "runs/reference/recipes.md").read_text()
+        (folder / "pool.py").write_text(re.search(r"^```py\n(# pool\.py\n.*?)^```$", recipes, re.M | re.S)[1])
     commands[shlex.join([Path(words[0]).name, *words[1:]])] = None
     env = {**os.environ, "WANDB_MODE": "offline"} | ({} if images else {"OMP_NUM_THREADS": "1"}) | dict(environment)
     started = time.perf_counter()
@@ -219,10 +223,10 @@ def floors(args):
     env = seconds(lambda: envs.step(next(choices))) / args.num_envs
 
     worlds = ppo.Worlds(args, ppo.seeds(args.seed, ppo.VALIDATION, n=args.validation_episodes), training=False)
-    limit = min(ppo.gym.spec(args.env_id).max_episode_steps or 5000, 5000)
+    limit = min(ppo.step_limit(args) or 5000, 5000)
     with torch.inference_mode():
         play = seconds(lambda: worlds.step(agent.act(torch.as_tensor(worlds.obs), memory=worlds.memory)))
-    rows = len(next(ppo.legs(0, args))) * args.batch_size
+    rows = len(next(ppo.legs(SimpleNamespace(args=args, iteration=0, barren=0)))) * args.batch_size
     return env, *updates, play * limit / rows
 
 
@@ -386,6 +390,7 @@ def main():
     parser.add_argument("--worker", choices=["floors", "sb3", "zoo"], help=argparse.SUPPRESS)
     options, flags = parser.parse_known_args()
     if options.worker:
+        sys.path.append(os.getcwd())  # for pool.py
         print(json.dumps([float(x) for x in globals()[options.worker](replace(ppo.parse_args(flags), device="cpu"))]))
         return
     if flags:

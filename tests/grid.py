@@ -41,8 +41,7 @@ def main(env_ids: tuple[str, ...] = ("CartPole-v1",), seeds: int = 3, vary: tupl
     name.mkdir(parents=True, exist_ok=True)
     if draw:
         found = {label: glob(pattern) for label, pattern in (words.split("=", 1) for words in draw)}
-        groups = {"runs": {label: [Path(run) for run in runs] for label, runs in found.items()}}
-        code = 0
+        groups, code = {"runs": {label: [Path(run) for run in runs] for label, runs in found.items()}}, 0
     else:
         lines = [f"--{vary[0].lstrip('-')} {value}" for value in vary[1:]] or list(variants) or [""]
         numbers = range(1, seeds + 1)
@@ -101,7 +100,7 @@ def picture(name: Path, env_id: str, group: dict[str, list[Path]]) -> list[list]
             numbers = [x.mean(), x.std(ddof=min(1, len(x) - 1)), iqm(x), *interval(x), x.min()]
             seconds = np.median([r["training_seconds"] for r in results])
             rows.append([env_id, variant, len(x), *(f"{n:.2f}" for n in numbers), f"{seconds:.0f}"])
-    axes.set(title=env_id, xlabel="steps", ylabel="return of training episodes")
+    axes.set(title=env_id, xlabel="steps", ylabel="training return")
     finish(axes, np.array([last or 1.0]))
     axes.legend(frameon=False, fontsize="small")
     (name / f"{env_id.replace('/', '-').replace(':', '-')}.png").write_bytes(png(figure, 150))

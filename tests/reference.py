@@ -5,6 +5,8 @@
     python tests/reference.py --summary-only                        # train nothing, redo tables and figures
     python tests/reference.py --curves                              # only curves.png, from what is committed
     python tests/reference.py --frames runs/<run>                   # only frames.png, from that run's replay.mp4
+    python tests/reference.py --moving runs/<run> runs/<another>    # only moving.gif: their films side by side
+    python tests/reference.py --clip                                # only clip.png: the clipped objective
     python tests/reference.py --learned runs/<run>                  # only learned.png: its frames, and its curve beside
 
 Run it in a clone of the commit that the rows are to name. It begins by saying what is left, and how long that will
@@ -139,7 +141,7 @@ ROWS = [
 
 def main(envs: tuple[str, ...] = (), seeds: int | None = None, jobs: int = 2, first_seed: int = 1,
          summary_only: bool = False, curves: bool = False, frames: tuple[Path, ...] = (),
-         learned: Path | None = None) -> int:  # fmt: skip
+         learned: Path | None = None, moving: tuple[Path, ...] = (), clip: bool = False) -> int:  # fmt: skip
     """Run what is missing of the results, then write tables and figures.
 
     Args:
@@ -150,7 +152,9 @@ def main(envs: tuple[str, ...] = (), seeds: int | None = None, jobs: int = 2, fi
         summary_only: run nothing
         curves: draw curves.png and do nothing else
         frames: films, or folders of runs that have one: make frames.png of them and do nothing else
-        learned: the folder of a run that has a film: make learned.png of it and do nothing else"""
+        learned: the folder of a run that has a film: make learned.png of it and do nothing else
+        moving: films, or folders of runs that have one: make moving.gif of them and do nothing else
+        clip: draw clip.png and do nothing else"""
     if curves:
         summary = json.loads((REFERENCE / "summary.json").read_text())
         write_file(REFERENCE / "curves.png", png(small_multiples(summary), 150))
@@ -158,7 +162,11 @@ def main(envs: tuple[str, ...] = (), seeds: int | None = None, jobs: int = 2, fi
         write_file(REFERENCE / "frames.png", strip([path / "replay.mp4" if path.is_dir() else path for path in frames]))
     if learned:
         write_file(REFERENCE / "learned.png", picture(learned))
-    if curves or frames or learned:
+    if moving:
+        write_file(REFERENCE / "moving.gif", gif([path / "replay.mp4" if path.is_dir() else path for path in moving]))
+    if clip:
+        write_file(REFERENCE / "clip.png", png(clipped_objective(), 130))
+    if curves or frames or learned or moving or clip:
         return 0
     if unknown := set(envs) - {row.env_id for row in ROWS}:
         sys.exit(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(row.env_id for row in ROWS)}")
@@ -413,9 +421,10 @@ def worlds(summary: list[dict]) -> list[dict]:
     return [row for row in plain if preset_steps(row["env_id"]) in (None, row["steps"])]
 
 
-def published_means(published: str) -> list[float]:
-    """The means in a row's text: first that at as many steps, then any others."""
-    return [float(re.sub(r"\(.*?\)|\+/- \S+|at (about )?\S+M|about", "", part)) for part in published.split(";")]
+def published_means(published: str) -> list[tuple[float, bool]]:
+    """The means in a row's text, and whether they are of as many steps."""
+    number = r"\(.*?\)|\+/- \S+|at (about )?\S+M|about"
+    return [(float(re.sub(number, "", part)), not re.search("at |about", part)) for part in published.split(";")]
 
 
 def small_multiples(summary: list[dict]):
@@ -431,15 +440,19 @@ def small_multiples(summary: list[dict]):
         steps, lines = read_lines(REFERENCE / row["env_id"].replace("/", "-"))
         draw_middle(axes, steps, lines)
         axes.plot(steps[-1:], [row["mean"]], "o", color="tab:blue", clip_on=False, zorder=3, label="mean score")
-        for i, mean in enumerate(published_means(row["published"])):
-            axes.axhline(mean, color="0.25", linestyle=":" if i else "--", linewidth=1, label="_" if i else "published")
-        axes.set_title(row["env_id"], fontsize=8.5)
+        for mean, equal in published_means(row["published"]):
+            axes.axhline(mean, color="0.25", linestyle="--" if equal else ":", linewidth=1)
+        axes.set_title(f"{row['env_id']} ({len(row['seeds'])})", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.yaxis.set_major_locator(MaxNLocator(4))
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, max(high, row["mean"] + 0.04 * (high - low)))
         axes.set_xticks([0, steps[-1] / 2, steps[-1]])
         finish(axes, steps)
     rest = figure.axes[len(rows) :]
-    rest[len(rest) // 2].legend(*axes.get_legend_handles_labels(), loc="center", frameon=False, fontsize=9)
+    for style, words in (("--", "published, as many steps"), (":", "published, other steps")):
+        axes.plot([], [], color="0.25", linestyle=style, linewidth=1, label=words)
+    rest[len(rest) // 2].legend(*axes.get_legend_handles_labels(), loc="center", frameon=False, fontsize=8)
     for axes in rest:
         axes.set_axis_off()
     return figure
@@ -462,6 +475,52 @@ def strip(films: list[Path], number: int = 6, height: int = 200) -> bytes:
             row += [np.asarray(frame), np.full((height, 8, 3), 255, np.uint8)]  # a white gap after each
     Image.fromarray(np.hstack(row[:-1])).save(image := io.BytesIO(), format="png", optimize=True)
     return image.getvalue()
+
+
+def gif(films: list[Path], height: int = 200, every: int = 5, seconds: float = 12) -> bytes:
+    """The films side by side; one that ends sooner stands still."""
+    from imageio_ffmpeg import read_frames
+    from PIL import Image
+
+    shown = []
+    for film in films:
+        frames = read_frames(str(film))
+        size = next(frames)["size"]
+        taken = [Image.frombytes("RGB", size, frame) for frame in list(frames)[::every]]
+        wide = size[0] * height // size[1]
+        shown.append([np.asarray(frame.resize((wide, height), Image.Resampling.LANCZOS)) for frame in taken])
+    number = min(int(50 / every * seconds), max(map(len, shown)))
+    gap = np.full((height, 6, 3), 255, np.uint8)
+    rows = [np.hstack([x for s in shown for x in (s[min(i, len(s) - 1)], gap)][:-1]) for i in range(number)]
+    pictures = [Image.fromarray(row).quantize(32, dither=Image.Dither.NONE) for row in rows]
+    pictures[0].save(image := io.BytesIO(), format="gif", save_all=True, append_images=pictures[1:], loop=0,
+                     duration=[20 * every] * (number - 1) + [1500], optimize=True)  # fmt: skip
+    return image.getvalue()
+
+
+def clipped_objective():
+    """The objective and its gradient against the ratio, for an advantage of 1 and of -1: by `policy_loss` itself."""
+    from matplotlib.figure import Figure
+    from torch import autograd, linspace, tensor
+
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    ratios = linspace(0.5, 1.5, 401)
+    for axes, advantage in zip(panels, (1.0, -1.0)):
+        objective, slope = [], []
+        for ratio in ratios:
+            logratio = ratio.log().requires_grad_()
+            loss = ppo.policy_loss(logratio.view(1), tensor([advantage]), 0.2)
+            objective.append(-loss.item())
+            slope.append(-autograd.grad(loss, logratio)[0].item() / ratio.item())
+        axes.plot(ratios, objective, color="tab:blue", linewidth=2, label="objective")
+        axes.plot(ratios, slope, color="tab:orange", linewidth=2, label="its gradient, d / dr")
+        axes.axvspan(0.8, 1.2, color="0.94", zorder=0)
+        axes.set(title=f"advantage {'above' if advantage > 0 else 'below'} 0", xlabel="ratio r")
+        axes.set_xticks([0.5, 0.8, 1, 1.2, 1.5])
+        axes.grid(axis="y", color="0.9")
+        axes.legend(frameon=False, fontsize="small")
+    return figure
 
 
 def picture(run: Path) -> bytes:

@@ -1,6 +1,7 @@
 """Continuous actions in any box; few worlds at a time; scores that do not depend on how many; what cannot be seen."""
 
 import json
+import math
 import random
 from functools import partial
 from pathlib import Path
@@ -123,6 +124,67 @@ def test_the_same_episodes_are_played_however_many_stand_side_by_side(determinis
         x.data += 0.3 * torch.randn_like(x)
     one, seven, many = (ppo.evaluate(agent, ppo.replace(args, num_envs=N), 20).tolist() for N in (1, 7, 64))
     assert one == seven == many and len(set(one[0])) > 4
+    assert np.shape(one) == (3, 20) and one[0] == one[1] and not any(one[2])  # CartPole pays 1 a step and ends at 500
+
+
+class Endless(gym.Env):
+    """Pays 1 a step, for ever, or for as many steps as it is told."""
+
+    observation_space, action_space = Box(0, 2, (2,)), Discrete(2)
+
+    def __init__(self, ends=math.inf):
+        self.ends = ends
+
+    def reset(self, *, seed=None, options=None):
+        self.t = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.zeros(2, np.float32), 1.0, self.t >= self.ends, False, {}
+
+
+@pytest.mark.parametrize("total, episodes, times, declares, steps, cut", [
+    (64, 2, 1, None, 1_000, True), (1_999, 2, 1, None, 1_000, True), (3_001, 2, 1, None, 1_500, True),
+    (3e3, 2, 1, None, 1_500, True), (12_000, 2, 4, None, 1_500, True), (11_999, 3, 10, None, 1_000, True),
+    (64, 2, 1, 1_200, 1_200, False), (3_000, 2, 1, 1_200, 1_200, False), (64, 2, 1, 30, 30, False),
+    (20_000, 2, 2, None, 5_000, True), (30_000, 2, 2, None, 5_000, True), (64, 2, 10, 5_002, 5_000, True),
+    (64, 1, 1, 5_002, 5_002, False),
+    pytest.param(28_000, 1, 1, None, 27_000, True, marks=pytest.mark.slow),
+    pytest.param(64, 1, 1, 30_000, 27_000, True, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_how_long_an_episode_may_be_follows_from_training_and_environment(
+    total, episodes, times, declares, steps, cut, register
+):
+    args = ppo.Args(register(Endless, max_episode_steps=declares), total_timesteps=total, hidden_sizes=())
+    agent = ppo.Agent(**ppo.look(args))
+    scores = ppo.evaluate(agent, args, episodes, times=times)
+    assert scores.tolist() == [[steps] * episodes, [steps] * episodes, [cut] * episodes]
+
+
+@pytest.mark.parametrize("N", [1, 2, 5])
+def test_scores_tell_how_many_episodes_were_cut_and_where(N, register, main):
+    made = iter(range(10**6))
+    env_id = register(lambda: Endless(7 if next(made) % 5 < 2 else math.inf))
+    few = ["--num-envs", N, "--total-timesteps", 256 * N]
+    code, out, err = main("--env-id", env_id, *SHORT, *few, "--eval-episodes", 5)
+    assert code == 0, err
+    results = json.loads(Path("runs/it/results.json").read_text())
+    cut = results["episode_lengths"].count(1000)
+    assert sorted(results["episode_lengths"]) == [7] * (5 - cut) + [1000] * cut and 0 < cut < 5
+    assert results["episode_returns"] == results["episode_lengths"]
+    assert results["episodes"] == f"5 greedy episodes, {cut} of them cut at 1,000 steps"
+    assert "\nscoring: 5 greedy episodes\n" in out and f" over {results['episodes']}\n" in out
+    assert f"** over {results['episodes']}, after " in ppo.model_card(ppo.Args(env_id), "me/it", results)
+
+
+def test_scores_of_whole_episodes_speak_of_no_cut(register, main):
+    code, out, err = main("--env-id", register(partial(Endless, 7)), *SHORT, "--no-deterministic")
+    assert code == 0, err
+    results = json.loads(Path("runs/it/results.json").read_text())
+    assert results["episodes"] == "5 sampled episodes" and results["episode_lengths"] == [7] * 5
+    assert "\nscoring: 5 sampled episodes\n" in out and " over 5 sampled episodes\n" in out
+    assert (results["device"], results["ranks"]) == ("cpu", 1) and "settings" not in results
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])

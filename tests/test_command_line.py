@@ -77,7 +77,8 @@ def test_help_lists_every_flag_in_order_with_its_comment_and_default(main, monke
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(ppo.Args), re.MULTILINE))
     assert len(comments) > 30
     for name, comment in comments.items():
-        assert re.search(rf"{ppo.flag(name)}\b.* {re.escape(comment)} \(default: ", in_one_line(out))
+        end = "repeatable" if name == "env_kwargs" else "default: "
+        assert re.search(rf"{ppo.flag(name)}\b.* {re.escape(comment)} \({end}", in_one_line(out))
 
 
 def test_args_are_one_flat_frozen_dataclass_that_starts_with_the_environment():
@@ -95,10 +96,9 @@ def test_args_are_one_flat_frozen_dataclass_that_starts_with_the_environment():
 
 @pytest.mark.parametrize(
     "env_id",
-    ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "Pendulum-v1", "LunarLander-v3", "LunarLanderContinuous-v3",
-     "BipedalWalker-v3", "Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Humanoid-v5", "HumanoidStandup-v5",
-     "InvertedDoublePendulum-v5", "InvertedPendulum-v5", "Pusher-v5", "Reacher-v5", "Swimmer-v5", "Walker2d-v5",
-     "CarRacing-v3", "ALE/Pong-v5", "ALE/Breakout-v5"],
+    ["CartPole-v1", "Acrobot-v1", "Pendulum-v1", "LunarLander-v3", "LunarLanderContinuous-v3", "BipedalWalker-v3",
+     "Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Humanoid-v5", "HumanoidStandup-v5", "InvertedDoublePendulum-v5",
+     "Reacher-v5", "Swimmer-v5", "CarRacing-v3", "ALE/Pong-v5", "ALE/Breakout-v5"],
 )  # fmt: skip
 def test_a_preset_applies(env_id):
     args = plain(["--env-id", env_id])
@@ -111,7 +111,11 @@ def test_a_preset_applies(env_id):
     [
         ("Taxi-v4", "general, discrete actions", []),
         ("FrozenLake-v1", "general, discrete actions", ["--env-kwargs", "is_slippery", "False"]),
+        ("MountainCar-v0", "general, discrete actions", []),
         ("MountainCarContinuous-v0", "general, continuous actions", []),
+        ("InvertedPendulum-v5", "general, continuous actions", []),
+        ("Pusher-v5", "general, continuous actions", []),
+        ("Walker2d-v5", "general, continuous actions", []),
         ("Taxi-v4", "general, discrete actions, few steps", ["--total-timesteps", "200000"]),
         ("Taxi-v4", "general, discrete actions", ["--total-timesteps", "200001"]),
         ("MountainCarContinuous-v0", "general, continuous actions, few steps", ["--total-timesteps", "50000"]),
@@ -126,6 +130,10 @@ def test_another_environment_takes_the_preset_that_is_named_or_fits_what_can_be_
     given = {"env_kwargs": args.env_kwargs} | ({"total_timesteps": int(flags[1])} if "--total" in str(flags) else {})
     assert args == ppo.Args(env_id=env_id, preset=name, **settings | given)
     assert args.env_kwargs == ({flags[1]: False} if flags and flags[0] == "--env-kwargs" else {})
+
+
+def test_the_general_preset_for_continuous_actions_trains_for_a_million_steps():
+    assert plain(["--env-id", "Walker2d-v5"]).total_timesteps == 1_000_000
 
 
 def test_an_unknown_preset_is_refused_with_the_list(main):
@@ -169,6 +177,95 @@ def test_env_kwargs_are_added_to_those_of_the_preset_or_replace_them(given):
     pairs = [str(x) for pair in given.items() for x in pair]
     args = ppo.parse_args(["--env-id", "ALE/Pong-v5", "--env-kwargs", *pairs])
     assert args.env_kwargs == {"repeat_action_probability": 0.0} | given
+
+
+OPTIONS = {
+    "3": 3, "-3": -3, "0.5": 0.5, "1e3": 1000.0, "true": True, "True": True, "false": False, "False": False,
+    "None": None, "null": None, "[1, 2.5, 'a', None, True]": [1, 2.5, "a", None, True],
+    '[1, 2.5, "a", null, true]': [1, 2.5, "a", None, True], "(1, (2, 3))": [1, [2, 3]], "[]": [], "{}": {},
+    "{'a': [1, {'b': False}]}": {"a": [1, {"b": False}]}, '{"a": [1, {"b": false}]}': {"a": [1, {"b": False}]},
+    "8x8": "8x8", "'3'": "3", '"3"': "3", "": "", "two words": "two words", "[1": "[1", "007": "007",
+    "__import__('os')": "__import__('os')", "{1, 2}": "{1, 2}", "b'x'": "b'x'", "1j": "1j", "human": "human",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("word, value", OPTIONS.items())
+def test_an_option_is_read_as_python_or_json_writes_it_else_it_is_a_string(word, value):
+    read = ppo.parse_args(["--env-kwargs", "it", word]).env_kwargs["it"]
+    assert (read, type(read)) == (value, type(value)) and json.dumps(read) == json.dumps(value)
+
+
+def test_several_env_kwargs_add_up_and_the_last_wins():
+    flags = ["--env-kwargs", "a", "1", "b", "[2]", "--seed", "3", "--env-kwargs", "c", "word", "a", "None"]
+    assert ppo.parse_args(flags).env_kwargs == {"a": None, "b": [2], "c": "word"}
+
+
+@pytest.mark.parametrize("words", [["a"], ["a", "1", "b"]])
+def test_an_option_without_its_value_is_refused(words, refused):
+    assert "Error parsing --env-kwargs" in refused("--env-kwargs", *words)
+
+
+@pytest.fixture
+def receiving(register):
+    """The id of a world, and the options that it was given each time that it was made."""
+    given = []
+
+    def make(render_mode=None, **options):
+        given.append(options)
+        return gym.make("CartPole-v1").unwrapped
+
+    return register(make, max_episode_steps=20), given
+
+
+def test_all_kinds_of_options_are_kept_by_config_resume_and_evaluate(receiving, main):
+    env_id, given = receiving
+    options = {f"option_{i}": value for i, value in enumerate(OPTIONS.values())}
+    pairs = [x for i, word in enumerate(OPTIONS) for x in (f"option_{i}", word)]
+    run, config = Path("runs/it"), Path("runs/it/config.json")
+    flags = ["--env-kwargs", *pairs[:10], "--env-kwargs", *pairs[10:], "--run-name", "it", "--checkpoint-every", 1]
+
+    def made():  # all at once: whatever was made by then
+        seen, given[:] = [json.dumps(options, sort_keys=True) for options in given], []
+        return set(seen)
+
+    code, out, err = main("--env-id", env_id, *SHORT, *flags)
+    assert code == 0, err
+    assert json.loads(config.read_text())["env_kwargs"] == options
+    assert str(options) in out.splitlines()[0]
+    assert made() == {same := json.dumps(options, sort_keys=True)}
+    written, score = config.read_bytes(), re.search(r"mean_reward .*", out)[0]
+
+    code, out, err = main("--evaluate", run)
+    assert code == 0 and score in out and made() == {same}, err
+    code, _, err = main("--evaluate", run, "--env-kwargs", "option_0", "[7]", "more", "1")
+    assert code == 0 and made() == {json.dumps(options | {"option_0": [7], "more": 1}, sort_keys=True)}, err
+    code, _, err = main("--init-from", run, *SHORT, "--run-name", "next")
+    assert code == 0 and made() == {same}, err
+
+    for again in [], ["--env-kwargs", *pairs]:
+        max(run.glob("checkpoint-*.pt")).unlink()
+        (run / "results.json").unlink()
+        code, out, err = main("--resume", run, *again)
+        assert code == 0 and score in out and made() == {same} and config.read_bytes() == written, err
+    code, out, err = main("--resume", run, "--env-kwargs", "option_0", 4)
+    assert (code, out) == (2, "") and "--env-kwargs" in err and "'option_0': 4" in err and not given
+
+
+def test_a_path_below_home_reaches_the_world_in_full_and_the_files_without_it(receiving, main):
+    env_id, given = receiving
+    path = f"{Path.home()}/level.json"
+    flags = ["--env-kwargs", "file", path, "--run-name", "it"]
+    assert main("--env-id", env_id, *SHORT, *flags)[0] == 0
+    assert given and all(options == {"file": path} for options in given)
+    assert json.loads(Path("runs/it/config.json").read_text())["env_kwargs"] == {"file": "~/level.json"}
+
+
+@pytest.mark.parametrize("write", [lambda path: [path], lambda path: {"a": [path]}], ids=["list", "dict"])
+def test_a_path_below_home_reaches_the_world_in_full_from_within_a_list_or_dict(write, receiving, main):
+    env_id, given = receiving
+    value = write(f"{Path.home()}/level.json")
+    assert main("--env-id", env_id, *SHORT, "--env-kwargs", "files", json.dumps(value))[0] == 0
+    assert given and all(options == {"files": value} for options in given)
 
 
 def test_derived_sizes_are_no_flags(main):
@@ -225,9 +322,24 @@ def test_an_unknown_flag_is_named(refused):
     assert "--learning-speed" in refused("--learning-speed", "3")
 
 
+@pytest.mark.parametrize("values", [[], ["runs/any"]], ids=["alone", "with a value"])
+@pytest.mark.parametrize("write", [ppo.flag, "--{}".format], ids=["dashes", "underscores"])
+@pytest.mark.parametrize("name", ppo.OURS)
+def test_a_flag_of_another_script_is_told_what_it_is_here(name, write, values, refused):
+    typed = write(name)
+    assert refused(typed, *values) == f"error: there is no {typed} here: {ppo.OURS[name]}"
+    assert name not in {option.name for option in fields(ppo.Args)}
+
+
+def test_what_other_flags_are_here_exists():
+    flags = {word for words in ppo.OURS.values() for word in re.findall(r"--[\w-]+", words)}
+    assert flags <= {ppo.flag(option.name) for option in fields(ppo.Args)}
+    assert {"track", "push", "render"} < set(ppo.OURS)
+
+
 @pytest.mark.parametrize("flags, words", [
-    (["--num-minibatches", 9], "--num-minibatches 9 must divide the 120 rows of a rollout, as 3 does"),
-    (["--num-minibatches", 4, "--lstm-hidden-size", 8], "4 must divide the 6 environments of a rollout, as 2 does"),
+    (["--num-minibatches", 9], "--num-minibatches 9 must divide a rollout's 120 rows, as 3 does"),
+    (["--num-minibatches", 4, "--lstm-hidden-size", 8], "4 must divide a rollout's 6 environments, as 2 does"),
 ])  # fmt: skip
 def test_minibatches_that_do_not_divide_what_they_share_are_told_a_number_that_does(flags, words, refused):
     assert words in refused("--num-envs", 6, "--num-steps", 20, "--total-timesteps", 1000, *flags)
@@ -288,18 +400,19 @@ def test_an_unknown_env_kwarg_is_named(refused):
     "missing, remedy, argv",
     [
         ("ale_py", "pip install ale_py", ["--env-id", "ALE/Pong-v5"]),
-        ("envpool", "pip install envpool", ["--vectorization", "envpool"]),
+        ("minatar", "pip install minatar", ["--env-id", "MinAtar/Breakout-v1"]),
         ("mujoco", 'pip install "gymnasium[mujoco]"', ["--env-id", "HalfCheetah-v5"]),
         ("Box2D", 'pip install "gymnasium[box2d]"', ["--env-id", "LunarLander-v3"]),
-        ("wandb", "pip install wandb", ["--track"]),
     ],
 )
 def test_a_missing_extra_comes_with_its_pip_command(missing, remedy, argv, refused, monkeypatch):
     families = ("gymnasium.envs.mujoco", "gymnasium.envs.box2d")  # each imports its extra once, when it is imported
     importlib.import_module("gymnasium.envs.mujoco.half_cheetah_v5")
     importlib.import_module("gymnasium.envs.box2d.lunar_lander")
-    for name in [name for name in sys.modules if name.startswith(families)]:
+    for name in [name for name in sys.modules if name.startswith((*families, "minatar."))]:
         monkeypatch.delitem(sys.modules, name)
+    for name in [name for name in gym.registry if name.startswith("MinAtar/")]:  # of another test
+        monkeypatch.delitem(gym.registry, name)
     monkeypatch.setitem(sys.modules, missing, None)
     assert remedy in refused(*argv)
 
@@ -321,7 +434,12 @@ def test_an_unsupported_space_is_named(observes, acts, named, refused, monkeypat
 
     monkeypatch.setitem(gym.registry, "Odd-v0", gym.envs.registration.EnvSpec("Odd-v0", entry_point=Odd))
     message = refused("--env-id", "Odd-v0")
-    assert named in message and "supported: " in message
+    if acts == gym.spaces.Discrete(2):
+        what, supported = "observations", ("Box", "Discrete", "MultiDiscrete", "MultiBinary", "Dict", "Tuple")
+    else:
+        what, supported = "actions", ("Discrete", "MultiDiscrete", "MultiBinary", "Box of floats")
+    assert f"{what} are {named}, not " in message
+    assert all(kind in message.partition(named)[2] for kind in supported)
 
 
 def test_cuda_where_there_is_none(refused, monkeypatch):
@@ -343,10 +461,12 @@ def test_a_run_name_is_one_path_component(name, refused, tmp_path):
     assert not any((folder / "outside").exists() for folder in (tmp_path, tmp_path.parent, Path("/")))
 
 
-def test_other_names_cannot_leave_runs(main, tmp_path):
-    assert main(*SHORT, "--exp-name", "../../outside")[0] == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
-    assert len(list(Path("runs").glob("*/results.json"))) == 1
+@pytest.mark.parametrize(
+    "env_id", ["../../outside", "/outside", "ALE/Pong-v5", "a\\b-v0", "my_module:MyEnv-v0", ".", ""]
+)
+def test_other_names_cannot_leave_runs(env_id):
+    run = ppo.name_run(ppo.Args(env_id)).run
+    assert run.parent == Path("runs") and re.fullmatch(r"[\w.=+-]+__ppo__1__\d+\.\d{3}|__ppo__1__\d+\.\d{3}", run.name)
 
 
 def test_runs_that_cannot_be_written_is_named(main):
@@ -362,7 +482,59 @@ def test_a_run_is_never_overwritten(main):
     assert {path: path.read_bytes() for path in Path("runs/mine").iterdir()} == before
 
 
-@pytest.mark.parametrize("mode", ["--evaluate", "--init-from", "--resume", "--push"])
+# How a run is scored may change until it is
+
+
+RESCORE = ["--eval-episodes", 3, "--no-deterministic"]
+
+
+@pytest.fixture
+def scored(main):
+    """A finished run of two iterations, with a checkpoint after each."""
+    code, _, err = main(*SHORT, "--run-name", "mine", "--checkpoint-every", 1)
+    assert code == 0, err
+    return Path("runs/mine")
+
+
+def test_a_trained_run_without_results_may_be_scored_in_another_way(scored, main):
+    (scored / "results.json").unlink()
+    before = {path.name: path.read_bytes() for path in scored.iterdir()}
+    code, out, err = main("--resume", scored, *RESCORE)
+    assert code == 0, err
+    assert "scoring: 3 sampled episodes\n" in out and " over 3 sampled episodes\n" in out
+    results = json.loads((scored / "results.json").read_text())
+    assert (results["n_evaluation_episodes"], results["deterministic"]) == (3, False)
+    assert results["episodes"] == "3 sampled episodes" and len(results["episode_returns"]) == 3
+    for name in "config.json", "model.safetensors", "checkpoint-00000002.pt":
+        assert (scored / name).read_bytes() == before[name]
+
+
+@pytest.mark.parametrize("flags", [["--gamma", 0.5], ["--validation-episodes", 7], ["--seed", 2], ["--num-envs", 4]])
+def test_nothing_else_of_a_trained_run_may_change(flags, scored, main):
+    (scored / "results.json").unlink()
+    code, out, err = main("--resume", scored, *RESCORE, *flags)
+    assert (code, out, err.count("\n")) == (2, "", 1) and flags[0] in err and not (scored / "results.json").exists()
+    assert "--eval-episodes" not in err and "--deterministic" not in err
+
+
+@pytest.mark.parametrize("flags", [RESCORE[:2], RESCORE[2:]])
+def test_an_unfinished_training_keeps_how_it_is_to_be_scored(flags, scored, main):
+    (scored / "results.json").unlink()
+    (scored / "checkpoint-00000002.pt").unlink()
+    code, out, err = main("--resume", scored, *flags)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert flags[0].replace("--no-", "--") in err and not (scored / "checkpoint-00000002.pt").exists()
+
+
+@pytest.mark.parametrize("flags", [RESCORE[:2], RESCORE[2:]])
+def test_a_finished_run_keeps_its_score(flags, scored, main):
+    before = (scored / "results.json").read_bytes()
+    code, out, err = main("--resume", scored, *flags)
+    assert (code, out, err.count("\n")) == (2, "", 1), out + err
+    assert flags[0].replace("--no-", "--") in err and (scored / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("mode", ["--evaluate", "--init-from", "--resume"])
 def test_a_folder_that_is_no_run_is_named(mode, refused):
     assert "runs/none" in refused(mode, "runs/none")
 

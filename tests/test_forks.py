@@ -183,7 +183,7 @@ def test_a_fork_is_a_small_diff(name, folder):
 
 def test_it_learns(name, fork, args, run):
     low, high = BARS[name]
-    before, _ = fork.evaluate(untrained(fork, args), replace(args, deterministic=False), 10)
+    before, *_ = fork.evaluate(untrained(fork, args), replace(args, deterministic=False), 10)
     assert before.mean() < low
     assert json.loads((run / "results.json").read_text())["mean_reward"] > high
 

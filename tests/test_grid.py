@@ -4,12 +4,11 @@ import csv
 import subprocess
 import sys
 
+import grid
 import numpy as np
 import pytest
 from conftest import ROOT
 from matplotlib.image import imread
-
-import grid
 
 
 def test_a_curve_is_a_mean_in_each_part_and_unknown_before_the_first_episode():

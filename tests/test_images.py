@@ -88,7 +88,7 @@ def learn(steps, kind, run_name="run", env_kwargs=None, **kwargs):
 
 
 def score(agent, args):
-    returns, lengths = ppo.evaluate(agent, args, 20)
+    returns, lengths, _ = ppo.evaluate(agent, args, 20)
     return (returns / lengths).mean()
 
 
@@ -245,7 +245,7 @@ def test_the_first_frames_of_an_episode_show_nothing_of_the_last_one(vectorizati
     assert seen[:10] == first + [[10 + x for x in frame] for frame in first]
 
 
-@pytest.mark.parametrize("env_id, vectorization", [("CartPole-v1", "envpool"), ("ALE/Pong-v5", "auto")])
+@pytest.mark.parametrize("env_id, vectorization", [("ALE/Pong-v5", "auto")])
 def test_frames_that_cannot_be_stacked_are_refused_in_one_line(env_id, vectorization, main):
     code, _, err = main("--env-id", env_id, "--vectorization", vectorization, "--frame-stack", 4)
     assert (code, err.count("\n")) == (2, 1)

@@ -77,7 +77,7 @@ def test_nothing_forbidden_is_done_in_training_evaluation_and_predict(told, acti
     env_id = register(partial(Rules, told, action))
     code, out, err = main("--env-id", env_id, *MASKED, *flags)
     assert code == 0, err
-    assert out.splitlines()[0].endswith(f"action masks: by {told}")
+    assert out.splitlines()[0].endswith(f"action masks: {'observation' if told == 'observation' else 'info'}")
     assert main("--evaluate", "runs/it", "--no-deterministic")[0] == 0
     agent, env = ppo.Agent.from_pretrained("runs/it", strict=True), Rules(told, action)
     obs, _ = env.reset(seed=1)
@@ -158,7 +158,7 @@ def test_a_policy_trained_with_masks_is_not_played_without_them(register, main):
     register(partial(Rules, "nowhere"))
     for flag in "--evaluate", "--init-from":
         code, out, err = main(flag, "runs/it")
-        assert (code, out, len(err.splitlines())) == (2, "", 1) and "'info', [], [6], 2], not" in err
+        assert (code, out, len(err.splitlines())) == (2, "", 1) and "its world has" in err and "not [[{" in err
     assert list(Path("runs").iterdir()) == [Path("runs/it")]
 
 
@@ -331,7 +331,7 @@ def test_environments_that_give_no_mask_allow_all(register):
 
 def test_taxis_mask_is_found_and_it_learns_what_its_mask_allows(main):
     code, out, err = main("--env-id", "Taxi-v4", *MASKED)
-    assert code == 0 and "action masks: by info" in out.splitlines()[0], err
+    assert code == 0 and "action masks: info" in out.splitlines()[0], err
 
 
 @pytest.mark.parametrize("flags", [[], ["--lstm-hidden-size", "8", "--num-minibatches", "2"]], ids=" ".join)

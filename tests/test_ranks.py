@@ -15,11 +15,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import QUICK, ROOT, scalars
+from gymnasium.envs.classic_control import CartPoleEnv
 
 import ppo
 
@@ -31,6 +33,8 @@ MEMORY = {"lstm_hidden_size": 8, "num_minibatches": 2}  # of whole environments:
 
 def join(rank, store):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    ppo.RANK, ppo.RANKS, ppo.LAUNCH = rank, 2, "torchrun --nproc-per-node 2"  # read when this module was imported
+    ppo.RANK, ppo.RANKS = rank, 2  # read at import
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=30), 2, rank)
 
@@ -188,13 +192,59 @@ def test_two_ranks_resume_bit_for_bit(settings, ranks):
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
+class Patient(CartPoleEnv):
+    """Falls never; episodes end on the ranks of which it is told, after 9 steps."""
+
+    def __init__(self, ending=()):
+        super().__init__()
+        self.theta_threshold_radians = self.x_threshold = np.inf
+        self.ending = ending
+
+    def reset(self, **kwargs):
+        self.age = 0
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        self.age += 1
+        obs, reward, *_, info = super().step(action)
+        return obs.clip(-9, 9), reward, False, this_rank() in self.ending and self.age == 9, info
+
+
+gym.register("ranks/Patient-v0", Patient)
+
+
+def train_in_legs(args):
+    """The legs of this rank, and its weights."""
+    found, legs = [], ppo.legs
+    with patch.object(ppo, "legs", lambda state: (found.append([leg.start, leg.stop]) or leg for leg in legs(state))):
+        weights, _ = train(args)
+    return found, weights
+
+
+@pytest.mark.parametrize(
+    "ending, stops", [([], [4, 12, 26, 40]), ([0], range(4, 41, 4)), ([1], range(4, 41, 4)), ([0, 1], range(4, 41, 4))]
+)
+def test_ranks_agree_about_their_legs_whose_episodes_ever_end(ending, stops, ranks):
+    args = replace(CARTPOLE, env_id="ranks/Patient-v0", env_kwargs={"ending": ending}, total_timesteps=40 * 4 * 16,
+                   num_steps=16, run_name=f"legs-{len(ending)}-{sum(ending)}")  # fmt: skip
+    (first, weights), (second, others) = ranks(train_in_legs, args)
+    assert first == second == [[start, stop] for start, stop in zip([0, *stops], stops)]
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    run, *_ = ranks(Path.absolute, Path("runs", args.run_name))
+    (run / f"checkpoint-{args.num_iterations:08d}.pt").unlink()  # as if killed after the one before
+    for again, weights_again in ranks(train_in_legs, replace(args, resume=str(run))):
+        assert again == first[-1:] and all(torch.equal(weights_again[name], weights[name]) for name in weights)
+
+
 def test_torchrun_leaves_one_run_with_one_log_and_one_score():
     done = torchrun(*QUICK, "--run-name", "two")
     assert done.returncode == 0, done.stderr
     run = Path("runs/two")
     assert os.listdir("runs") == ["two"] and len(list(run.glob("events.*"))) == 1
-    assert done.stdout.count("greedy episodes") == 1 and done.stdout.count("run: runs/two\n") == 1
-    assert json.loads((run / "results.json").read_text())["settings"]["ranks"] == 2
+    assert [done.stdout.count(f"{words} 4 greedy episodes\n") for words in ("scoring:", "over")] == [1, 1]
+    assert done.stdout.count("run: runs/two ") == done.stdout.count("run: runs/two; next: ") == 1
+    results = json.loads((run / "results.json").read_text())
+    assert results["ranks"] == 2 and results["command"].startswith("torchrun --nproc-per-node 2 ppo.py ")
     entropies = [value for _, value in scalars(run)["losses/entropy"]]
     assert 0.5 < min(entropies) and max(entropies) < 0.6932  # of two choices at most log 2: a mean over ranks, no sum
     logged = scalars(run)["losses/policy_loss"]
@@ -207,7 +257,7 @@ def test_torchrun_with_memory_leaves_an_agent_that_is_played_again_as_it_was_sco
     assert done.returncode == 0, done.stderr
     run = Path("runs/two")
     results = json.loads((run / "results.json").read_text())
-    assert results["settings"]["ranks"] == 2 and done.stdout.count("run: runs/two\n") == 1
+    assert results["ranks"] == 2 and done.stdout.count("run: runs/two; next: ") == 1
     code, out, err = main("--evaluate", run)
     assert code == 0, err
     assert f"mean_reward {results['mean_reward']:.2f} " in out
@@ -234,7 +284,7 @@ def test_no_rank_does_what_is_forbidden(main, monkeypatch):
     Path("lawful.py").write_text(LAWFUL)
     done = torchrun("--env-id", "lawful:Lawful-v0", *QUICK, "--run-name", "two")
     assert done.returncode == 0, done.stderr
-    assert "action masks: by info" in done.stdout
+    assert "action masks: info" in done.stdout
     monkeypatch.syspath_prepend(".")
     assert main("--evaluate", "runs/two", "--no-deterministic")[0] == 0
 
@@ -262,19 +312,19 @@ def test_two_nodes_of_one_rank_learn_what_one_node_of_two_ranks_learns():
     ours, theirs = (torch.load(io.BytesIO(max(run.glob("*.pt")).read_bytes()[:-32])) for run in (nodes, node))
     for part in ("agent", "optimizer"):
         assert all(ours[part][name].equal(value) for name, value in theirs[part].items())
-    assert json.loads((nodes / "results.json").read_text())["settings"]["ranks"] == 2
-    assert first.stdout.count("run: runs/two\n") == 1 and second.stdout == "" and not os.listdir("node-1")
+    assert json.loads((nodes / "results.json").read_text())["ranks"] == 2
+    assert first.stdout.count("run: runs/two; next: ") == 1 and second.stdout == "" and not os.listdir("node-1")
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
         (["--num-envs", "3"], "--num-envs 3 is no multiple of the 2 ranks"),
-        (["--lstm-hidden-size", "8"], "--num-minibatches 4 must divide the 2 environments of a rollout, as 2 does"),
+        (["--lstm-hidden-size", "8"], "--num-minibatches 4 must divide a rollout's 2 environments, as 2 does"),
     ],
 )
 def test_environments_that_ranks_cannot_share_are_refused_in_one_line(flags, words, main, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(ppo, "RANKS", 2)
     code, out, err = main(*QUICK, *flags)  # --num-minibatches 4
     assert (code, out, err.count("\n")) == (2, "", 1) and not Path("runs").exists()
     assert words in err
@@ -284,9 +334,9 @@ def test_on_more_ranks_the_minibatches_of_a_run_that_is_resumed_stay_as_they_are
     memory = ["--lstm-hidden-size", "8", "--run-name", "one"]
     assert main(*QUICK, *memory)[0] == 0
     Path("runs/one/results.json").unlink()
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(ppo, "RANKS", 2)
     code, out, err = main("--resume", "runs/one")
-    assert (code, out) == (2, "") and "--num-minibatches 4 must divide the 2 environments of a rollout" in err
+    assert (code, out) == (2, "") and "--num-minibatches 4 must divide a rollout's 2 environments, as 2 does" in err
 
 
 UNEQUAL = """

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, ROOT, command
+from conftest import QUICK, ROOT, command, scalars
 from hub_server import Hub
 from safetensors.torch import load_file
 
@@ -31,6 +32,12 @@ NOTEBOOK = ROOT / "runs/reference/course.ipynb"
 def printed(section, kind="py"):
     """The programs of a section."""
     return re.findall(rf"^```{kind}\n(.*?)^```$", SECTIONS[section], re.DOTALL | re.MULTILINE)
+
+
+def commands(section):
+    """The words of each command of a section, without `python`."""
+    (block,) = printed(section, "bash")
+    return [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
 
 
 def change(code, changes):
@@ -66,6 +73,11 @@ def test_every_program_on_the_page_has_a_test():
         "A notebook": [],
         "Two runs in one program": ["py"],
         "Tune with Optuna": ["py"],
+        "Start with another agent": ["bash"],
+        "A world from elsewhere": ["py", "bash"],
+        "EnvPool": ["py", "bash"],
+        "Weights & Biases": ["py", "bash"],
+        "A window": ["py"],
         "ONNX": ["py", "py"],
         "C++": ["py", "cpp"],
     }
@@ -145,6 +157,105 @@ def test_a_trial_worse_than_the_median_is_pruned_and_one_that_diverges_fails_alo
     assert study.best_value == 40
 
 
+# Other agents, other worlds
+
+
+def test_a_run_starts_with_the_agent_of_another_and_its_settings(main):
+    (_, *calm), (_, *windy) = commands("Start with another agent")
+    assert main(*calm, "--ent-coef", 0.003, *QUICK)[0] == 0
+    state = ppo.open_run(ppo.parse_args(windy))
+    assert_equal(state.agent.state_dict(), weights(Path("runs/calm")))
+    before, after = (json.loads(Path(f"runs/{name}/config.json").read_text()) for name in ("calm", "windy"))
+    ours = {"env_kwargs": {"enable_wind": True}, "init_from": "runs/calm", "run_name": "windy"}
+    assert after == before | ours and before["ent_coef"] == 0.003
+    more = ppo.parse_args(["--init-from", "runs/windy", "--env-kwargs", "gravity", "-9.0"])
+    assert more.env_kwargs == {"enable_wind": True, "gravity": -9.0}
+    assert main(*windy, "--run-name", "trained")[0] == 0
+
+
+def save(section, tmp_path):
+    """Leave the program of a section in the file that it names."""
+    (code,) = printed(section)
+    (tmp_path / code.splitlines()[0].removeprefix("# ")).write_text(code)
+
+
+def test_a_factory_makes_a_world_that_trains_and_is_filmed(tmp_path):
+    pytest.importorskip("minigrid")
+    save("A world from elsewhere", tmp_path)
+    ((_, *flags),) = commands("A world from elsewhere")
+    done = command(*flags, *QUICK, "--capture-video", "--run-name", "whole")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "not seen" not in done.stdout and Path("runs/whole/replay.mp4").exists()
+    (part,) = json.loads(Path("runs/whole/config.json").read_text())["parts"]
+    assert (part["kind"], part["shape"]) == ("pixels", [5, 5, 3])
+
+
+@pytest.fixture
+def pool(tmp_path):
+    """pool.py, in the working directory."""
+    pytest.importorskip("envpool")
+    save("EnvPool", tmp_path)
+
+
+def test_pools_train_and_score_as_they_say(pool):
+    lander, catch = (flags for _, *flags in commands("EnvPool"))
+    for flags, filmed in (lander, True), (catch, False):
+        done = command(*flags, *QUICK, "--capture-video", "--run-name", "it")
+        assert done.returncode == 0, done.stderr
+        (score,) = re.findall(r"mean_reward \S+ \+/- \S+", done.stdout)
+        assert Path("runs/it/replay.mp4").exists() == filmed != done.stderr.startswith("warning: the video failed")
+        again = command("--evaluate", "runs/it")
+        assert again.returncode == 0 and score in again.stdout, again.stderr
+        shutil.rmtree("runs")
+
+
+def test_a_pool_resumes_to_the_same_weights(pool):
+    flags = [*commands("EnvPool")[0][1:], *QUICK, "--checkpoint-every", "1", "--run-name", "it"]
+    assert command(*flags).returncode == 0
+    expected = checkpoint(run := Path("runs/it"))
+    max(run.glob("checkpoint-*.pt")).unlink()
+    (run / "results.json").unlink()
+    done = command("--resume", run)
+    assert done.returncode == 0 and "   step: 1" in done.stdout, done.stderr
+    assert_equal(checkpoint(run)["agent"], expected["agent"])
+
+
+def test_a_pool_obeys_its_seed_and_is_not_what_scores(pool, tmp_path):
+    execute(printed("EnvPool")[0], tmp_path)
+
+    def first(seed):
+        worlds = ppo.Worlds(ppo.Args(env_id="Pool/LunarLander-v3"), [seed, seed + 1])
+        worlds.envs.close()
+        return worlds.obs.tolist()
+
+    assert first(1) == first(1) != first(2)
+    kinds = {
+        (name, training): type(ppo.Worlds(ppo.Args(env_id=f"Pool/{name}"), [1], training=training).envs).__name__
+        for name in ("LunarLander-v3", "HalfCheetah-v5", "Catch-v0")
+        for training in (True, False)
+    }
+    scores_elsewhere = [key for key, kind in kinds.items() if kind == "SyncVectorEnv"]
+    assert scores_elsewhere == [("LunarLander-v3", False), ("HalfCheetah-v5", False)]
+    assert {kind for key, kind in kinds.items() if key not in scores_elsewhere} == {"Pool"}
+
+
+@pytest.mark.slow
+def test_weights_and_biases_get_all_that_tensorboard_gets(tmp_path):
+    """Offline: what would be sent is in a file."""
+    pytest.importorskip("wandb")
+    save("Weights & Biases", tmp_path)
+    ((script, *flags),) = commands("Weights & Biases")
+    flags += [*QUICK, "--run-name", "it"]
+    env = {**os.environ, "WANDB_MODE": "offline", "HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script, *flags], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "mean_reward" in done.stdout
+    (mirror,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    tags = scalars("runs/it")
+    assert len(tags) > 10 and [tag for tag in tags if tag.encode() not in mirror.read_bytes()] == []
+    assert json.loads(Path("runs/it/results.json").read_text())["command"] == shlex.join(["python", "ppo.py", *flags])
+
+
 # The agent elsewhere
 
 
@@ -205,6 +316,16 @@ def test_an_agent_in_onnx_plays_the_episode_that_the_agent_plays(runs, tmp_path)
         rewards.append(reward)
         done = terminated or truncated
     assert total == sum(rewards)
+
+
+def test_a_window_shows_one_episode_after_the_other(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    changes = {"runs/<run>": str(runs["LunarLander-v3"]), "while True:": "for _ in range(2):"}
+    names = execute(change(printed("A window")[0], changes), tmp_path)
+    assert names["env"].unwrapped.isopen
+    names["env"].close()
+    first, second = re.findall(r"^return (-?\d+\.\d)$", capsys.readouterr().out, re.MULTILINE)
+    assert first != second
 
 
 def test_an_agent_of_images_goes_to_onnx_too(tmp_path, monkeypatch):
@@ -282,8 +403,9 @@ def test_the_notebook_trains_plays_and_pushes(tmp_path, monkeypatch):
 
     lines = streams("train").splitlines()
     assert lines[0].startswith("run: runs/CartPole-v1__") and len(lines) == 5  # and one for each iteration of 4
-    assert all(re.match(r"step +[\d,]+ +return +[\d.]+ +[\d,]+ steps/s$", line) for line in lines[1:])
-    assert streams("resume") == f"{lines[0]}\n"  # there is nothing to resume
+    assert re.match(r"step +[\d,]+ +return none in 32 steps +[\d,]+ steps/s$", lines[1])  # in 64 new environments
+    assert all(re.match(r"step +[\d,]+ +return +[\d.]+ +[\d,]+ steps/s$", line) for line in lines[2:])
+    assert re.fullmatch(rf"{re.escape(lines[0])}   step: 79\d\d\n", streams("resume"))  # there is nothing to resume
     assert re.search(r"mean_reward \S+ \+/- \S+ over 100 greedy episodes", streams("finish"))
     assert "image/png" in shown("curve")[0]
     assert "data:video/mp4;base64," in shown("video")[0]["text/html"]

@@ -215,16 +215,21 @@ def test_each_source_is_explained():
 
 
 def test_published_means_by_hand():
-    assert reference.published_means("500 +/- 0") == [500]
-    assert reference.published_means("-81.8 +/- 5.6; at 1M -73.5 +/- 18.2") == [-81.8, -73.5]
-    assert reference.published_means("3588.5 +/- 756.6 (v3); about 4000; at about 9M 5186") == [3588.5, 4000, 5186]
+    """And whether they are of as many steps: those are dashed, the others dotted."""
+    assert reference.published_means("500 +/- 0") == [(500, True)]
+    assert reference.published_means("at 1.5M 20.0; at 10M 20.4 (v4)") == [(20, False), (20.4, False)]
+    text = "3588.5 +/- 756.6 (v3); about 4000; at about 9M 5186"
+    assert reference.published_means(text) == [(3588.5, True), (4000, False), (5186, False)]
 
 
 @pytest.mark.parametrize("row", [row for row in reference.ROWS if row.published], ids=lambda row: row.name)
 def test_published_means_stand_in_their_text(row):
     means = reference.published_means(row.published)
     assert len(means) == row.published.count(";") + 1
-    assert all(f"{mean:g}" in row.published.replace(".0", "") for mean in means)
+    assert all(f"{mean:g}" in row.published.replace(".0", "") for mean, _ in means)
+    assert [equal for _, equal in means] == [
+        "at " not in part and "about" not in part for part in row.published.split(";")
+    ]
 
 
 def test_a_panel_by_hand(tmp_path, monkeypatch):
@@ -234,8 +239,11 @@ def test_a_panel_by_hand(tmp_path, monkeypatch):
     reference.write_curves(tmp_path / "CartPole-v1" / "curve.csv", 100_000, curves)
     row = {"env_id": "CartPole-v1", "steps": 100_000, "seeds": [1, 2, 3, 4], "mean": 7.0, "published": "5; at 9M 8.5"}
     panel, *rest = reference.small_multiples([row, row | {"seeds": []}, row | {"steps": 200_000}]).axes
-    assert panel.get_title() == "CartPole-v1" and not any(axes.lines for axes in rest)
-    middle, score, published, elsewhere = (([*line.get_xdata()], [*line.get_ydata()]) for line in panel.lines)
+    assert panel.get_title() == "CartPole-v1 (4)" and not any(axes.lines for axes in rest)
+    lines = [line for line in panel.lines if len(line.get_xdata())]  # without those that are for the legend
+    middle, score, published, elsewhere = (([*line.get_xdata()], [*line.get_ydata()]) for line in lines)
+    assert [line.get_linestyle() for line in lines[2:]] == ["--", ":"]
+    assert panel.get_ylim()[1] > 7
     assert middle == ([66_666, 100_000], [1.5, 15])
     assert score == ([100_000], [7])
     assert (published[1], elsewhere[1]) == ([5, 5], [8.5, 8.5])

@@ -238,13 +238,3 @@ def test_replayed_log_probabilities_and_values_are_those_of_a_step_by_step_loop_
     ppo.train(echo(kind, obs, norm_obs=norm_obs))
     assert len(found) == ITERATIONS
     assert min(found[-1]) > 1e-3  # they differ from row to row, by more than the tolerance
-
-
-def test_a_rollout_replayed_in_several_parts_is_the_same(monkeypatch):
-    """Of 2048 steps, two environments are replayed at a time: two, two and one here."""
-    split, parts = ppo.Rollout.split, []
-    monkeypatch.setattr(ppo.Rollout, "split", lambda *args: (parts.append(split(*args)), parts[-1])[1])
-    found = watch_estimate(monkeypatch)
-    ppo.train(echo("MultiDiscrete", "vector", num_steps=2048, num_envs=5, total_timesteps=2048 * 5))
-    assert len(found) == 1
-    assert [part.obs.shape[1] for part in parts[0]] == [2, 2, 1]

@@ -14,7 +14,9 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -37,7 +39,6 @@ FAMILIES = {
     "Pendulum LSTM": f"--env-id Pendulum-v1 --lstm-hidden-size 8 --norm-obs {SIZE}",
     "LunarLander": f"--env-id LunarLander-v3 {SIZE}",
     "LunarLander async": f"--env-id LunarLander-v3 --vectorization async {SIZE}",
-    "LunarLander EnvPool": f"--env-id LunarLander-v3 --vectorization envpool {SIZE}",
     "LunarLander soak": f"--env-id LunarLander-v3 {SIZE} --total-timesteps 25600 --validation-episodes 1",
     "BipedalWalker": f"--env-id BipedalWalker-v3 {SIZE} --validation-episodes 1 --eval-episodes 1",
     "Hopper": f"--env-id Hopper-v5 {SIZE}",
@@ -105,7 +106,7 @@ def send(signum, argv, reference, iteration):
 
 KILLS = [("CartPole", 1), ("CartPole", 3), ("FrozenLake async", 1)]
 SLOW_KILLS = [("FrozenLake", 1), ("Pendulum LSTM", 1), ("LunarLander", 3), ("LunarLander async", 1),
-              ("LunarLander EnvPool", 1), ("BipedalWalker", 1), ("Hopper", 1), ("Space Invaders", 1),
+              ("BipedalWalker", 1), ("Hopper", 1), ("Space Invaders", 1),
               ("LunarLander soak", 20)]  # fmt: skip
 
 
@@ -175,6 +176,93 @@ def test_each_leg_seeds_all_that_is_random_so_that_a_world_may_draw_from_what_no
         assert process.returncode == (-signal.SIGKILL if last else 0), process.stderr
     assert command(*argv, "straight", env=env).returncode == 0
     assert ending(RUN) == ending(Path("runs", "straight"))
+
+
+# Legs: the iterations between two checkpoints
+
+
+@pytest.mark.parametrize("total, limit, every, barren, lengths", [
+    (100, None, 0, 0, [10] * 10), (105, None, 0, 0, [10] * 10 + [5]), (9, None, 0, 0, [1] * 9), (1, None, 0, 0, [1]),
+    (100, 64, 0, 0, [10] * 10), (100, 66, 0, 0, [11] * 9 + [1]), (100, 128, 0, 0, [20] * 5),
+    (100, 100_000, 0, 0, [34, 34, 32]), (99, 100_000, 0, 0, [33, 33, 33]), (5, 100_000, 0, 0, [2, 2, 1]),
+    (100, None, 0, 1, [10, 20, 20, 20, 20, 10]), (100, None, 0, 2, [10, 20, 34, 34, 2]),
+    (100, 64, 0, 1, [10] + [20] * 4 + [10]), (100, 128, 0, 1, [20, 34, 34, 12]),
+    (100, None, 0, 9, [10, 20, 34, 34, 2]), (100, 100_000, 0, 9, [34, 34, 32]),
+    (100, None, 30, 0, [30, 30, 30, 10]), (100, 100_000, 7, 9, [7] * 14 + [2]), (100, 128, 200, 0, [100]),
+])  # fmt: skip
+def test_a_leg_is_a_tenth_or_five_episodes_and_twice_as_many_after_each_in_which_none_ended(
+    total, limit, every, barren, lengths, monkeypatch
+):
+    """Of rollouts of 32 steps; in the first `barren` legs no episode ends."""
+    spec = gym.envs.registration.EnvSpec("Tiny-v0", entry_point="none", max_episode_steps=limit)
+    monkeypatch.setitem(gym.registry, "Tiny-v0", spec)
+    args = ppo.Args("tiny:Tiny-v0", num_envs=4, num_steps=32, total_timesteps=total * 128, checkpoint_every=every)
+    state, at, found = SimpleNamespace(args=args, iteration=0, ended=0, barren=0), 0, []
+    for leg in ppo.legs(state):
+        assert leg.start == at and state.ended == 0
+        state.ended, state.iteration, at = int(len(found) >= barren), leg.stop, leg.stop
+        found.append(len(leg))
+    assert found == lengths and at == total
+
+
+class Patient(gym.Env):
+    """Pays at random; an episode takes 100 steps, and no limit is declared."""
+
+    observation_space, action_space = gym.spaces.Box(-9, 9, (2,)), gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.np_random.normal(size=2).clip(-9, 9).astype(np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        obs = self.np_random.normal(size=2).clip(-9, 9).astype(np.float32)
+        return obs, float(self.np_random.normal() + action), self.t == 100, False, {}
+
+
+PATIENT = [*QUICK, "--preset", "none", "--num-envs", "2", "--num-steps", "8", "--total-timesteps", "640",
+           "--num-minibatches", "2", "--norm-reward", "--run-name", "it"]  # fmt: skip
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """The iterations of the checkpoints, as they are saved."""
+    iterations, checkpoint = [], ppo.State.checkpoint
+    monkeypatch.setattr(ppo.State, "checkpoint", lambda state: (checkpoint(state), iterations.append(state.iteration)))
+    return iterations
+
+
+@pytest.mark.parametrize("stops", [(2,), (4,), (5,), (12,), (13, 25), (26,), (30,), (3, 4, 11, 12, 13, 26, 39)], ids=str)
+def test_legs_that_double_are_the_same_when_a_run_is_resumed(stops, saved, main, register, monkeypatch):
+    """Legs of 4 and 8 rollouts of 8 steps end no episode of 100 steps; one of 14, a third of the run, does."""
+    env_id, collect, starts = register(Patient), ppo.collect, (0, 4, 12, 26)
+    assert main("--env-id", env_id, *PATIENT)[0] == 0
+    assert saved == [0, 4, 12, 26, 40]
+    os.rename("runs", "straight")
+
+    for stop in stops:  # while that iteration collects, wherever it was resumed
+        count = iter(range(latest() if RUN.exists() else 0, 10**9))
+
+        def interrupt(agent, worlds, rollout, stop=stop, count=count):
+            if next(count) == stop:
+                raise KeyboardInterrupt
+            collect(agent, worlds, rollout)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ppo, "collect", interrupt)
+            code, _, err = main(*(RESUME if RUN.exists() else ["--env-id", env_id, *PATIENT]))
+        assert code == 130 and latest() == max(i for i in starts if i <= stop), err
+    saved.clear()
+    assert main(*RESUME)[0] == 0
+    assert saved == [i for i in (*starts, 40) if i >= max(i for i in starts if i <= stops[-1])]
+    assert ending(RUN) == ending(Path("straight", "it"))
+    assert len(ending(RUN)["charts/episodic_return"]) == 2  # in two legs, one episode in each environment
+
+
+def test_a_limit_beyond_the_run_leaves_three_checkpoints_all_the_same(saved, main, register):
+    assert main("--env-id", register(Patient, max_episode_steps=100_000), *PATIENT)[0] == 0
+    assert saved == [0, 14, 28, 40]
 
 
 # A finished run, and one that was stopped between its last checkpoint and its results
@@ -254,7 +342,7 @@ def test_a_run_of_an_earlier_edition_is_refused_in_one_line_that_names_what_take
     (RUN / "hyperparameters.json").write_text(json.dumps({"env_id": "CartPole-v1", "seed": 1}))
     code, out, err = main(flag, RUN)
     assert (code, out, err.count("\n")) == (2, "", 1) and os.listdir("runs") == ["it"]
-    assert str(RUN) in err and "another edition: use the ppo.py beside it" in err
+    assert str(RUN) in err and "another ppo.py made it, use the one beside it" in err
 
 
 def test_a_run_of_another_network_is_not_resumed(unfinished, main, monkeypatch):

@@ -5,7 +5,6 @@ import copy
 import io
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, ROOT, command, scalars
+from conftest import QUICK, ROOT, scalars
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
@@ -74,14 +73,15 @@ def test_the_folder_holds_all_that_a_run_leaves(trained):
     names = {re.sub(r"(tfevents|checkpoint-).*", r"\1", path.name) for path in trained.run.iterdir()}
     assert names == {
         "events.out.tfevents", "config.json", "model.safetensors", "results.json", "checkpoint-", "ppo.py",
-        "requirements.txt", "curve.png",
+        "requirements.txt", "curve.png", "curve.csv", "lock",
     }  # fmt: skip
 
 
 def test_its_path_is_printed_first_and_last(trained):
     lines = trained.out.splitlines()
     assert lines[0].startswith("run: runs/trained ")
-    assert lines[-1] == "run: runs/trained"
+    film, share = "--evaluate runs/trained --capture-video", "--resume runs/trained --repo-id me/name"
+    assert lines[-1] == f"run: runs/trained; next: python ppo.py {film}, or {share}"
 
 
 def test_the_preset_taken_is_printed(trained):
@@ -89,9 +89,9 @@ def test_the_preset_taken_is_printed(trained):
 
 
 def test_its_default_name_tells_what_it_is(main):
-    code, out, _ = main(*QUICK, "--env-id", "FrozenLake-v1", "--exp-name", "try", "--seed", 5)
+    code, out, _ = main(*QUICK, "--env-id", "FrozenLake-v1", "--seed", 5)
     assert code == 0
-    assert re.fullmatch(r"run: runs/FrozenLake-v1__try__5__\d{10}\.\d{3}", out.splitlines()[-1])
+    assert re.match(r"run: runs/FrozenLake-v1__ppo__5__\d{10}\.\d{3};", out.splitlines()[-1])
 
 
 def test_settings_load_as_the_arguments_they_were(trained):
@@ -110,7 +110,7 @@ def test_results_hold_the_score_and_how_it_came_about(results):
     assert results["mean_reward"] == pytest.approx(np.mean(results["episode_returns"]))
     assert results["std_reward"] == pytest.approx(np.std(results["episode_returns"]))
     assert results["validation"] == {"best": max(results["validation"].values()), "last": results["validation"]["last"]}
-    assert results["settings"]["torch"] == torch.__version__ and results["settings"]["machine"] == platform.machine()
+    assert (results["episodes"], results["device"], results["ranks"]) == ("4 greedy episodes", "cpu", 1)
     assert results["total_timesteps"] == 2048 > results["global_step"] > 1024
     assert abs(datetime.now().timestamp() - datetime.fromisoformat(results["eval_datetime"]).timestamp()) < 3600
 
@@ -153,25 +153,7 @@ def summaries(run):
     return {value.tag: value for event in events for value in event.summary.value}
 
 
-def test_logs_show_the_hyperparameters_as_a_table(trained):
-    table = summaries(trained.run)["hyperparameters/text_summary"].tensor.string_val[0].decode()
-    assert "|learning_rate|0.002|" in table and "|norm_obs|True|" in table and "|seed|3|" in table
-
-
 # The learning curve
-
-
-def drawn(path):
-    """Which pixels of a PNG have a colour, as the line alone has; text and axes are black on white."""
-    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    pixels = imread(path)[..., :3]
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 2  # not blank
-    return np.ptp(pixels, axis=-1) > 0.2
-
-
-def test_a_run_leaves_its_learning_curve(trained):
-    line = drawn(trained.run / "curve.png")
-    assert line.any(0).mean() > 0.5  # as long as half the picture's width
 
 
 def test_its_points_are_the_mean_returns_of_the_episodes_logged_in_each_iteration(trained):
@@ -181,24 +163,41 @@ def test_its_points_are_the_mean_returns_of_the_episodes_logged_in_each_iteratio
     assert len(points) > 2 and checkpoint(trained.run)["curve"] == points
 
 
-@pytest.mark.parametrize("iterations", [50, 3000])
-def test_the_curve_goes_where_the_returns_went(iterations, tmp_path):
+def drawn(monkeypatch, curve, mean):
+    """The axes of curve.png, which is there."""
+    from matplotlib.figure import Figure
+
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: figures.append(figure) or savefig(figure, *a, **k))
+    ppo.draw_curve(ppo.Args(env_id="Some-v0", resume=".", total_timesteps=20_000), curve, mean)
+    assert Path("curve.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and imread("curve.png").std() > 0.01
+    return figures[0].axes[0]
+
+
+@pytest.mark.parametrize("iterations", [1, 50, 3000])
+def test_the_curve_goes_where_the_returns_went_and_ends_with_the_score(iterations, monkeypatch):
     x = np.linspace(0, 1, iterations)
     curve = list(zip((10_000 * x).astype(int).tolist(), (500 * np.sin(5 * x)).tolist(), x.tolist()))
-    ppo.draw_curve(ppo.Args(resume="."), curve)
-    line = drawn(tmp_path / "curve.png")
-    columns = np.flatnonzero(line.any(0))
-    height = [-np.flatnonzero(line[:, column]).mean() for column in columns]
-    assert np.corrcoef(height, np.sin(5 * np.linspace(0, 1, len(columns))))[0, 1] > 0.99
+    axes = drawn(monkeypatch, curve, 321.25)
+    line, dot = axes.lines
+    np.testing.assert_allclose(line.get_xydata(), [row[:2] for row in curve])
+    assert line.get_marker() == "." and dot.get_xydata().tolist() == [[20_000, 321.25]]
+    assert axes.get_title() == "Some-v0" and axes.get_xlim() == (0, 20_000)
+    assert axes.xaxis.get_major_formatter()(20_000) == "20k"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training", "score 321.2"]
+    head, *rows = Path("curve.csv").read_text().splitlines()
+    assert head == "step,return,length" and len(rows) == iterations
+    np.testing.assert_allclose(np.loadtxt("curve.csv", delimiter=",", skiprows=1, ndmin=2), curve, rtol=1e-9)
 
 
-def test_the_curve_of_a_run_without_episodes_has_no_line(tmp_path):
-    ppo.draw_curve(ppo.Args(resume="."), [])
-    assert not drawn(tmp_path / "curve.png").any()
+def test_the_curve_of_a_run_without_episodes_shows_the_score(monkeypatch):
+    line, dot = drawn(monkeypatch, [], 7.0).lines
+    assert len(line.get_xdata()) == 0 and dot.get_ydata().tolist() == [7.0]
+    assert Path("curve.csv").read_text().splitlines() == ["step,return,length"]
 
 
 def test_the_curve_needs_no_backend_such_as_notebooks_name(tmp_path):
-    code = "import ppo; ppo.draw_curve(ppo.Args(resume='.'), [])"
+    code = "import ppo; ppo.draw_curve(ppo.Args(resume='.'), [], 1.0)"
     other = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     done = subprocess.run([sys.executable, "-B", "-c", code], env=other, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -216,8 +215,8 @@ def test_no_progress_bar_where_there_is_no_terminal(trained):
 def test_a_progress_bar_on_a_terminal_shows_steps_return_speed_and_time_left():
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(Terminal()) as err:
         assert ppo.main(FLAGS) == 0
-    last = err.getvalue().split("\r")[-1]
-    assert re.search(r"\d+%\|.*\| [\d.]+k/2\.05k \[\d\d:\d\d<\d\d:\d\d, .* steps/s, return \d+\.\d\]", last)
+    bar = r"100%\|.*\| 2\.05k/2\.05k \[\d\d:\d\d<00:00, return \d+\.\d, [\d,]+ steps/s\]"
+    assert re.search(bar, err.getvalue()) and "scoring: " in err.getvalue()  # one while training, one while scoring
 
 
 # The agent, loaded again
@@ -292,11 +291,11 @@ def test_evaluate_takes_more_episodes_and_another_seed(trained, main):
     assert first == again != other
 
 
-@pytest.mark.parametrize("vectorization", ["sync", "async", "auto", "envpool"])
+@pytest.mark.parametrize("vectorization", ["sync", "async", "auto"])
 def test_evaluation_scores_the_first_episode_of_each_environment(vectorization, steps):
     args = ppo.Args(vectorization=vectorization, num_envs=10, deterministic=False, hidden_sizes=(8,))
     untrained = ppo.Agent(**ppo.look(replace(args, vectorization="sync")))
-    returns, lengths = ppo.evaluate(untrained, args, episodes=10)
+    returns, lengths, _ = ppo.evaluate(untrained, args, episodes=10)
     over = np.array([terminated | truncated for _, _, terminated, truncated, _ in steps])
     first = over.argmax(0) + 1
     assert over.any(0).all() and (over.sum(0) > 1).any()  # some went on to a second
@@ -315,7 +314,7 @@ def test_evaluation_plays_seeded_environments_as_by_hand(trained, num_envs):
             obs, _, terminated, truncated, _ = env.step(agent.act(torch.as_tensor(obs)[None]).item())
             done, length = terminated or truncated, length + 1
         expected.append(length)
-    returns, _ = ppo.evaluate(agent, replace(trained.args, num_envs=num_envs), episodes=5)
+    returns, *_ = ppo.evaluate(agent, replace(trained.args, num_envs=num_envs), episodes=5)
     assert returns.tolist() == expected
 
 
@@ -417,28 +416,6 @@ def test_a_failing_render_costs_the_video_only(broken, main, monkeypatch):
         monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     code, _, err = main(*FLAGS, "--capture-video")
     assert code == 0
-    assert err.startswith("warning: no video: ") and err.count("\n") == 1
+    assert err.startswith("warning: the video failed: ") and err.count("\n") == 1
     assert Path("runs/trained/results.json").exists()
     assert not Path("runs/trained/replay.mp4").exists()
-
-
-# Weights & Biases
-
-
-@pytest.mark.slow
-def test_track_mirrors_the_logs_inside_runs(tmp_path):
-    home, work = tmp_path / "home", tmp_path / "work"
-    work.mkdir()
-    done = command(*FLAGS, "--track", cwd=work, env={"WANDB_MODE": "offline", "HOME": str(home)})
-    assert done.returncode == 0, done.stderr
-    assert [path.name for path in work.iterdir()] == ["runs"]
-    (mirror,) = (work / "runs").rglob("offline-run-*/run-trained.wandb")
-    assert [tag for tag in scalars(work / "runs/trained") if tag.encode() not in mirror.read_bytes()] == []
-    assert not list((work / "runs").rglob("wandb/**/wandb"))  # it does not mirror its own mirror
-
-
-@pytest.mark.slow
-def test_track_without_a_login_is_refused_in_one_line(tmp_path):
-    done = command(*FLAGS, "--track", env={"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(tmp_path)})
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr and "wandb login" in done.stderr.splitlines()[-1]

@@ -304,6 +304,17 @@ def test_logged_losses_are_means_over_all_minibatches_of_the_iteration(monkeypat
         assert [value for _, value in logs[f"losses/{name}"]] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
+def test_the_logged_explained_variance_is_one_minus_the_unexplained_share_of_the_valid_rows(monkeypatch):
+    estimated = record(monkeypatch, "estimate")
+    logs = scalars(ppo.train(quick(iterations=3)).args.run)
+    shares = []
+    for (_, rollout, _), batch in estimated:
+        assert not rollout.valid.all()
+        values, returns = (x.numpy()[rollout.valid].astype(float) for x in (batch.values, batch.returns))
+        shares.append(1 - np.var(returns - values) / np.var(returns))
+    assert [value for _, value in logs["losses/explained_variance"]] == pytest.approx(shares, abs=1e-5)
+
+
 # What is learned from: rewards and observations
 
 

@@ -8,7 +8,7 @@
 #     "tyro==1.0.17",
 #     "huggingface_hub==2.4.0",
 #     "safetensors==0.8.0",
-#     "imageio-ffmpeg==0.8.1",
+#     "imageio[ffmpeg]==2.38.1",
 #     "matplotlib==3.11.2",
 #     "tqdm==4.70.1",
 # ]
@@ -859,6 +859,7 @@ class Worlds:
         try:
             return method(*args, **kwargs)
         except (EOFError, ConnectionError):
+            self.envs.closed = True
             raise ConnectionError(str(self.fault("a process died"))) from None
         except Exception as error:
             if isinstance(self.envs, SyncVectorEnv | AsyncVectorEnv) and not hasattr(error, "__notes__"):
@@ -890,7 +891,7 @@ def make_envs(args: Args, seeds: list[int], training: bool, render: str) -> tupl
     """The vector environment, and the seeds for its reset."""
     env_id, n, mode = args.plain_id, len(seeds), args.vectorization
     reset_seed: Any = seeds
-    options: Any = {k: os.path.expanduser(v) if isinstance(v, str) else v for k, v in args.env_kwargs.items()}
+    options: Any = json.loads(json.dumps(args.env_kwargs).replace('"~/', '"' + os.path.expanduser("~/")))
     try:
         register(args.env_id)
         spec: Any = gym.registry.get(env_id)
@@ -1095,7 +1096,6 @@ def evaluate(agent: Agent, args: Args, episodes: int, stream: int = EVALUATION, 
 
 
 def validate(agent: Agent, args: Args) -> float:
-    """The mean return by which the best agent is kept."""
     if RANK > 0 or not args.validation_episodes:
         return -math.inf
     return float(evaluate(agent, args, args.validation_episodes, VALIDATION, times=10)[0].mean())
@@ -1667,8 +1667,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = replace(read(default=usual), **named)
     check_ranges(args)
     old, new = run_settings(usual), run_settings(args)
-    trained = (args.run / f"checkpoint-{args.num_iterations:08d}.pt").exists()
-    free = ("eval_episodes", "deterministic") if trained else ()  # it is only scored
+    unscored = (args.run / f"checkpoint-{args.num_iterations:08d}.pt").exists() > (args.run / "results.json").exists()
+    free = ("eval_episodes", "deterministic") if unscored else ()
     changed = [f"{flag(k)} {old[k]} -> {new[k]}" for k in old if old[k] != new[k] and k not in free]
     if changed and args.resume:
         raise Stop(f"a run keeps its settings: leave out {'; '.join(changed)}")

@@ -230,7 +230,7 @@ def page() -> str:
         command = f"`python ppo.py {shlex.join(flags(w))}`"
         lines.append(f"| {w.package} | {command} | {' | '.join(means)} | {minutes} | {w.done} |")
     cannot = "\n".join(f"- {name}: {why}." for name, why in CANNOT.items())
-    versions = "\n".join(f"- {group}: {' '.join(packages.split())}" for group, packages in GROUPS.items())
+    versions = "\n".join(f"- {package}" for packages in GROUPS.values() for package in packages.split())
     return HEAD + "\n".join(lines) + f"\n\n## What does not run\n\n{cannot}\n\n## Versions\n\n{versions}\n"
 
 

@@ -212,8 +212,7 @@ def test_an_info_that_cannot_be_gathered_costs_nothing(main, monkeypatch):
 def test_an_async_environment_that_raises_is_reported_just_as_well():
     process = command(*TRAIN, "--vectorization", "async", env={"FAULT": "raise"}, timeout=60)
     assert process.returncode == 1
-    for words in ("the bridge is out", "bad_world.py", "environment 2", f"at step {FAULTY_STEP} of bad_world:Bad-v0",
-                  f"To go on after iteration 00000002: python ppo.py --resume {RUN}"):  # fmt: skip
+    for words in ("the bridge is out", "bad_world.py", "environment 2", f"at step {FAULTY_STEP} of bad_world:Bad-v0"):
         assert words in process.stderr
     assert_all_end()
 

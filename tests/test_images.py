@@ -159,6 +159,70 @@ def test_an_observation_is_taken_apart_as_its_space_says(space, parts):
     assert found == [(*part, None)[:3] for part in parts]
 
 
+@pytest.mark.parametrize("space, told", [
+    (Box(0, 255, (160, 320, 3), np.uint8), ""), (Box(0, 255, (3, 160, 160), np.uint8), ""),
+    (Box(0, 255, (210, 161, 3), np.uint8), "images of [210, 161, 3] are slow"), (Box(0, 255, (96, 96), np.uint8), ""),
+    (Box(0, 255, (161, 161), np.uint8), "images of [161, 161] are slow"), (Box(0, 255, (8, 7, 3), np.uint8), ""),
+    (Box(0, 1, (2, 4, 200, 300)), "images of [2, 4, 200, 300] are slow"),
+    (Box(0, 1, (4, 4, 4), np.bool_), "no image: Box(False, True, (4, 4, 4), bool)"),
+    (Box(-np.inf, 1, (40, 44, 3)), "no image: Box(-inf, 1.0, (40, 44, 3), float32)"),
+    (Box(0, 256, (40, 44, 3), np.int32), "no image: Box(0, 256, (40, 44, 3), int32)"),
+    (Box(0, 255, (2, 2, 2, 40, 44), np.uint8), "no image: Box(0, 255, (2, 2, 2, 40, 44), uint8)"),
+    (Box(-1, 1, (4, 4)), ""), (Box(-1, 1, (99,)), ""), (Discrete(3), ""),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a Dict"])
+def test_a_slow_image_and_one_that_is_not_taken_for_one_are_told_in_one_line(space, told, inside, capsys):
+    ppo.print_once.cache_clear()
+    for _ in range(3):  # however often it is looked at
+        ppo.describe(Dict(eye=space) if inside else space)
+    out, err = capsys.readouterr()
+    assert err == "" and out.startswith(told) and out.count("\n") == bool(told)
+    if "slow" in told:
+        assert "ResizeObservation" in out
+
+
+def test_a_run_tells_once_of_a_picture_that_is_none(main):
+    ppo.print_once.cache_clear()
+    flags = ["--env-kwargs", "size", 4, "--num-envs", 2, "--num-steps", 16, "--total-timesteps", 64,
+             "--validation-episodes", 1, "--eval-episodes", 1]  # fmt: skip
+    code, out, err = main("--env-id", "images/Pixel-v0", *flags)
+    assert (code, out.count("no image: ")) == (0, 1), err
+
+
+MEMORY = [("bytes", 36 * 36 * 3), ("floats", 4 * 36 * 36 * 3), ("Dict", 4 * (36 * 36 * 3 + 2))]
+
+
+@pytest.mark.parametrize("kind, size", MEMORY, ids=[kind for kind, _ in MEMORY])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rollout_that_takes_more_than_half_of_the_memory_is_refused_first(kind, size, ranks, main, monkeypatch):
+    flags = ["--env-id", "images/Pixel-v0", "--env-kwargs", "kind", kind, "size", 36, "--preset", "none",
+             "--num-envs", 4, "--num-steps", 16, "--total-timesteps", 64, "--num-minibatches", 2,
+             "--validation-episodes", 0, "--eval-episodes", 1]  # fmt: skip
+    made, empty = [], ppo.Rollout.empty
+    monkeypatch.setattr(ppo.Rollout, "empty", lambda *args: made.append(1) or empty(*args))
+    monkeypatch.setattr(ppo, "RANKS", ranks)
+    monkeypatch.setattr(ppo.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(ppo.dist, "init_process_group", lambda *args: None)
+    machine = {"SC_PAGE_SIZE": 8, "SC_PHYS_PAGES": 64 // ranks * size // 4}
+    sysconf = ppo.os.sysconf
+    monkeypatch.setattr(ppo.os, "sysconf", lambda name: machine[name] if name in machine else sysconf(name))
+    if ranks == 1:
+        assert main(*flags)[0] == 0 and made
+        made.clear()
+    machine["SC_PHYS_PAGES"] -= 1
+    code, out, err = main(*flags, "--run-name", "large")
+    assert (code, out, err.count("\n"), made) == (2, "", 1, []) and not Path("runs", "large").exists()
+    assert f"{64 // ranks} observations take 0 GiB: lower --num-envs or --num-steps" in err
+
+
+def test_so_it_is_on_this_machine(main):
+    flags = ["--preset", "none", "--env-kwargs", "size", 84, "--num-envs", 4096, "--num-steps", 2**20,
+             "--total-timesteps", 2**32]  # fmt: skip
+    code, out, err = main("--env-id", "images/Pixel-v0", *flags)  # 2^32 rows of 21168 bytes
+    assert (code, out, err.count("\n")) == (2, "", 1) and not Path("runs").exists()
+    assert "4,294,967,296 observations take 84,672 GiB" in err
+
+
 @pytest.mark.parametrize("shape", [(4, 40, 44), (40, 44, 4), (2, 40, 44, 2), (2, 2, 40, 44)], ids=str)
 def test_every_order_of_channels_becomes_channels_first(shape):
     """Each pixel carries its row and column, each channel its number; stacked frames are channels in their order."""

@@ -1,11 +1,15 @@
 """Worlds that users bring, with the faults that they have: each is learned, or refused in one line that helps."""
 
+import functools
 import json
 import os
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
+from conftest import command, scalars
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
 
 import ppo
@@ -90,11 +94,58 @@ class Mortal(Plain):
         os._exit(7)
 
 
-class Undrawn(Plain):
-    metadata = {"render_modes": ["rgb_array"]}
+class Paid(Plain):
+    """A reward as many write it."""
 
-    def __init__(self, render_mode=None):
-        self.render_mode = render_mode
+    def __init__(self, form):
+        self.form = form
+
+    def step(self, action):
+        obs, _, terminated, truncated, info = super().step(action)
+        reward = {"row": np.array([1.5]), "0-d": np.array(1.5), "float32": np.float32(1.5), "int": 2, "list": [1.5],
+                  "matrix": np.array([[1.5]], np.float32), "bool": True}[self.form]  # fmt: skip
+        return obs, reward, np.bool_(terminated), int(truncated), info
+
+
+class Talkative(Plain):
+    """Tells arrays whose lengths change, from step to step and from one environment to the next, and much else."""
+
+    def tell(self):
+        n = int(self.np_random.integers(1, 9))
+        return {"path": np.zeros((n, 2)), "names": ["a"] * n, f"only now {n}": n, "lives": 3 - self.t // 4,
+                "deep": {"action_mask": np.zeros(n)}, "TimeLimit.truncated": n, "episode": object}  # fmt: skip
+
+
+class NoOptions(Plain):
+    def reset(self, seed=None):
+        return super().reset(seed=seed)
+
+
+class NoSeed(Plain):
+    def reset(self):
+        return super().reset()
+
+
+class SameArray(Plain):
+    """Shows the number of its episode and the step in one array, which it gives again and again."""
+
+    observation_space, episode, shown = Box(0, 1e6, (1,)), 0, np.zeros(0)
+
+    def reset(self, *, seed=None, options=None):
+        self.episode, self.shown = self.episode + 1, np.zeros(1, np.float32)
+        return super().reset(seed=seed)
+
+    def look(self):
+        self.shown[:] = 100 * self.episode + self.t
+        return self.shown
+
+
+class SameArrays(SameArray):
+    observation_space = Dict(a=Box(0, 1e6, (1,)), b=Box(0, 1e6, (1,)))
+
+    def look(self):
+        shown = super().look()
+        return {"a": shown, "b": shown}
 
 
 def test_bools_are_learned_from_and_validated(main, register):
@@ -148,6 +199,73 @@ def test_an_error_in_reset_names_the_environment(world, note, vectorization, mai
         main(*argv)
     assert "raised by environment 0" in error.value.__notes__
     assert any("Tiny-v0" in note and "at its reset" in note for note in error.value.__notes__)
+
+
+@pytest.mark.parametrize("form", ["row", "0-d", "float32", "int", "list", "matrix", "bool"])
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_a_reward_that_is_one_number_is_taken_in_any_form(form, vectorization, main, register):
+    env_id = register(functools.partial(Paid, form))
+    code, _, err = main("--env-id", env_id, "--vectorization", vectorization, *QUICK)
+    assert code == 0, err
+    total = 10 * {"int": 2.0, "bool": 1.0}.get(form, 1.5)
+    assert json.loads(Path("runs/own/results.json").read_text())["episode_returns"] == [total, total]
+    logged = {value for _, value in scalars("runs/own")["charts/episodic_return"]}
+    assert logged == {total}
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_infos_of_any_kind_do_no_harm_and_only_lives_and_masks_are_kept(vectorization, main, register):
+    env_id = register(Talkative)
+    code, _, err = main("--env-id", env_id, "--vectorization", vectorization, "--episodic-life", *QUICK)
+    assert code == 0, err
+    worlds = ppo.Worlds(ppo.Args(env_id, vectorization=vectorization), [1, 2, 3])
+    for t in range(1, 11):
+        worlds.step(torch.zeros(3, dtype=torch.int64))
+        assert set(worlds.info) == {"lives", "_lives"} and worlds.info["lives"].tolist() == 3 * [3 - t // 4]
+    worlds.envs.close()
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("flags", [[], ["--frame-stack", 3]], ids=["plain", "stacked"])
+def test_a_reset_need_not_take_options(vectorization, flags, main, register):
+    code, _, err = main("--env-id", register(NoOptions), "--vectorization", vectorization, *flags, *QUICK)
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_a_reset_that_takes_no_seed_is_refused_in_one_line(vectorization, main, register):
+    code, out, err = main("--env-id", register(NoSeed), "--vectorization", vectorization, *QUICK)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "cannot make Tiny-v0" in err and "'seed'" in err
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("world", [SameArray, SameArrays])
+@pytest.mark.parametrize("stack", [1, 2, 4])
+def test_an_environment_may_give_the_same_array_again(stack, world, vectorization, register):
+    args = ppo.Args(register(world), vectorization=vectorization, frame_stack=stack, num_envs=2)
+    worlds, agent = ppo.Worlds(args, [1, 2]), ppo.Agent(**ppo.look(args))
+    ppo.collect(agent, worlds, rollout := ppo.Rollout.empty(agent, worlds, 22))
+    worlds.envs.close()
+    parts = 2 if world is SameArrays else 1
+    for t in range(23):
+        episode, step = divmod(t, 11)  # ten steps and a row for the reset
+        frames = [100 * (episode + 1) + max(0, step - back) for back in reversed(range(stack))]
+        assert rollout.obs[t].tolist() == 2 * [parts * frames]
+
+
+@pytest.mark.parametrize("vectorization, hidden", [
+    ("sync", ["numpy", "queue", "matplotlib", "tensorboard", "imageio", "pygame", "ale_py"]),
+    ("async", ["matplotlib", "tensorboard", "imageio", "pygame", "ale_py"]), ("async", ["queue"]), ("async", ["numpy"]),
+])  # fmt: skip
+def test_a_module_in_the_working_directory_is_found_and_hides_no_other(vectorization, hidden):
+    Path("mine.py").write_text("import gymnasium as gym\nfrom gymnasium.envs.classic_control import CartPoleEnv\n"
+                               "gym.register('Mine-v0', CartPoleEnv, max_episode_steps=10)\n")  # fmt: skip
+    for name in hidden:
+        Path(f"{name}.py").write_text("raise SystemExit('the wrong one')")
+    flags = ["--env-id", "mine:Mine-v0", "--vectorization", vectorization, "--capture-video", *QUICK]
+    done = command(*flags, env={"PYTHONPATH": ""})
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert Path("runs/own/curve.png").exists() and Path("runs/own/replay.mp4").exists()
 
 
 def test_a_worker_that_dies_in_reset_is_told(main, register):

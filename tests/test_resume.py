@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUICK, ROOT, command, scalars
+from filelock import FileLock
 from safetensors.torch import load_file
 from tensorboard.summary.writer import event_file_writer
 
@@ -73,6 +74,7 @@ def ending(run):
     return logs | {
         "weights": hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest(),
         "curve": hashlib.sha256((run / "curve.png").read_bytes()).hexdigest(),
+        "points": (run / "curve.csv").read_text(),
         "results": [results[key] for key in ("global_step", "episode_returns", "best_iteration", "validation")],
     }
 
@@ -148,6 +150,49 @@ def test_a_second_signal_stops_at_once(second, tmp_path):
     process.send_signal(second)
     process.communicate(timeout=5)
     assert process.returncode == -second
+
+
+# One process at a time
+
+
+def refusal(process):
+    """Of a process that ended: its one line, if it left everything else alone."""
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.count("\n")) == (2, "", 1), err
+    return err
+
+
+def test_of_two_processes_that_start_the_same_run_at_the_same_time_one_trains_it(uninterrupted):
+    processes = [start(*flags("CartPole")) for _ in range(2)]
+    winner, loser = sorted(processes, key=lambda process: process.wait(timeout=120))
+    assert winner.returncode == 0, winner.stderr.read()
+    err = refusal(loser)
+    assert f"locking {RUN} failed" in err or f"{RUN} exists: choose another --run-name" in err
+    assert winner.communicate()[1] == "" and ending(RUN) == ending(uninterrupted("CartPole"))
+
+
+def test_a_folder_is_locked_before_its_first_file_is_written():
+    RUN.mkdir(parents=True)
+    with FileLock(RUN / "lock"):
+        err = refusal(start(*flags("CartPole")))
+    assert err.startswith(f"error: locking {RUN} failed") and "Another process trains it" in err
+    assert os.listdir(RUN) == ["lock"]
+
+
+def test_a_process_that_hangs_keeps_its_run_until_it_is_killed(uninterrupted):
+    process = start(*flags("CartPole"))
+    process.stdout.readline()
+    process.send_signal(signal.SIGSTOP)
+    try:
+        assert f"{RUN} exists: choose another --run-name" in refusal(start(*flags("CartPole")))
+        assert f"locking {RUN} failed" in refusal(start(*RESUME))
+    finally:
+        process.kill()
+    process.communicate()
+    assert (RUN / "lock").exists() and not (RUN / "results.json").exists()
+    done = command(*RESUME)
+    assert done.returncode == 0, done.stderr
+    assert ending(RUN) == ending(uninterrupted("CartPole"))
 
 
 DRAWN = """
@@ -233,7 +278,7 @@ def saved(monkeypatch):
     return iterations
 
 
-@pytest.mark.parametrize("stops", [(2,), (4,), (5,), (12,), (13, 25), (26,), (30,), (3, 4, 11, 12, 13, 26, 39)], ids=str)
+@pytest.mark.parametrize("stops", [(2,), (4,), (5,), (12,), (13, 25), (26,), (30,), (3, 4, 11, 12, 13, 39)], ids=str)
 def test_legs_that_double_are_the_same_when_a_run_is_resumed(stops, saved, main, register, monkeypatch):
     """Legs of 4 and 8 rollouts of 8 steps end no episode of 100 steps; one of 14, a third of the run, does."""
     env_id, collect, starts = register(Patient), ppo.collect, (0, 4, 12, 26)

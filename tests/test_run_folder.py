@@ -1,4 +1,4 @@
-"""What a run leaves behind: files, logs, results, an agent that plays again just as it was scored, a video, W&B."""
+"""What a run leaves behind: files, logs, results, an agent that plays again just as it was scored, a video."""
 
 import contextlib
 import copy
@@ -194,6 +194,19 @@ def test_the_curve_of_a_run_without_episodes_shows_the_score(monkeypatch):
     line, dot = drawn(monkeypatch, [], 7.0).lines
     assert len(line.get_xdata()) == 0 and dot.get_ydata().tolist() == [7.0]
     assert Path("curve.csv").read_text().splitlines() == ["step,return,length"]
+
+
+def test_without_matplotlib_a_run_ends_well_with_a_warning_and_the_numbers(main, monkeypatch):
+    for name in "matplotlib", "matplotlib.figure", "matplotlib.ticker":
+        monkeypatch.setitem(sys.modules, name, None)
+    code, out, err = main(*FLAGS)
+    assert (code, err.count("\n")) == (0, 1) and out.splitlines()[-1].startswith("run: runs/trained; next: ")
+    assert err.startswith("warning: curve.png failed: ModuleNotFoundError: ") and "matplotlib" in err
+    run = Path("runs/trained")
+    assert (run / "results.json").exists() and not (run / "curve.png").exists()
+    rows = np.loadtxt(run / "curve.csv", delimiter=",", skiprows=1)
+    np.testing.assert_allclose(rows, checkpoint(run)["curve"], rtol=1e-9)
+    assert len(rows) > 2
 
 
 def test_the_curve_needs_no_backend_such_as_notebooks_name(tmp_path):
@@ -400,7 +413,108 @@ def test_evaluate_can_film_too(main):
     assert_plays_in_browsers(Path("runs/trained/replay.mp4"))
 
 
-@pytest.mark.parametrize("broken", ["no encoder", "render fails", "render fails later"])
+class Film(gym.Env):
+    """Ten steps; the picture is dark at the left and bright at the right, in the form that is told."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
+
+    def __init__(self, form="RGB", height=64, width=96, render_mode=None):
+        self.form, self.height, self.width, self.render_mode = form, height, width, render_mode
+
+    def reset(self, *, seed=None, options=None):
+        self.t = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.zeros(2, np.float32), 1.0, self.t == 10, False, {}
+
+    def render(self):
+        picture = np.full((self.height, self.width, 3), [200, 40, 120], np.uint8)
+        picture[:, : self.width // 2] = [10, 60, 20]
+        match self.form:
+            case "RGBA":
+                return np.concatenate([picture, np.full_like(picture[..., :1], 255)], -1)
+            case "grey":
+                return picture[..., 0]
+            case "grey, three axes":
+                return picture[..., :1]
+            case "floats":
+                return picture / 255
+            case "float32":
+                return (picture / 255).astype(np.float32)
+            case "numbers":
+                return picture.astype(int)
+            case "list":
+                return [np.zeros_like(picture), picture]
+            case "list of lists":
+                return picture.tolist()
+            case "same array":
+                self.buffer = getattr(self, "buffer", picture * 0)
+                self.buffer[:] = picture if self.t % 2 else picture * 0
+                return self.buffer
+            case "growing":
+                return picture[: 32 + 2 * self.t]
+            case "none":
+                return None
+        return picture
+
+
+def film(register, path, form, **kwargs):
+    """One of an untrained agent in that world, in `path`."""
+    args = ppo.Args(register(Film), {"form": form, **kwargs}, hidden_sizes=())
+    ppo.record_video(ppo.Agent(**ppo.look(args)), args, path)
+
+
+def pictures(path):
+    """[frames, height, width, 3], decoded."""
+    reader = imageio_ffmpeg.read_frames(str(path))
+    width, height = next(reader)["size"]
+    return np.stack([np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]).astype(int)
+
+
+FORMS = ["RGB", "RGBA", "grey", "grey, three axes", "floats", "float32", "numbers", "list", "same array"]
+
+
+@pytest.mark.parametrize("form, size", [*((form, (64, 96)) for form in FORMS), ("RGB", (65, 96)), ("RGB", (64, 97)),
+                                        ("RGBA", (31, 63)), ("grey", (33, 45)), ("floats", (121, 97))])  # fmt: skip
+def test_pictures_of_every_form_are_filmed_in_their_colours(form, size, register, tmp_path, capsys):
+    height, width = size
+    film(register, tmp_path / "replay.mp4", form, height=height, width=width)
+    out, err = capsys.readouterr()
+    assert (out, err) == (f"video: {tmp_path / 'replay.mp4'}\n", "")
+    meta, frames = assert_plays_in_browsers(tmp_path / "replay.mp4")
+    assert frames == 11 and meta["fps"] == 20 and not (tmp_path / "unfinished.mp4").exists()
+    shown = pictures(tmp_path / "replay.mp4")
+    assert max(abs(shown.shape[1] - height), abs(shown.shape[2] - width)) <= 1  # browsers want even numbers
+    if form == "same array":
+        assert shown[::2].max() < 30
+        shown = shown[1::2]
+    right, left = ([200] * 3, [10] * 3) if form.startswith("grey") else ([200, 40, 120], [10, 60, 20])
+    middle = shown.shape[2] // 2  # colours are kept for four pixels at a time
+    assert (
+        abs(shown[:, 4:-4, middle + 8 : -4] - right).max() < 12
+        and abs(shown[:, 4:-4, 4 : middle - 8] - left).max() < 12
+    )
+
+
+@pytest.mark.parametrize("form", ["growing", "none"])
+def test_a_film_that_fails_leaves_the_one_before(form, register, tmp_path, capsys):
+    path = tmp_path / "replay.mp4"
+    film(register, path, "RGB")
+    before = path.read_bytes()
+    capsys.readouterr()
+    film(register, path, form)
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("warning: the video failed: ") and err.count("\n") == 1
+    assert path.read_bytes() == before
+    film(register, path, "grey")  # and nothing that it left is in the way of the next
+    assert capsys.readouterr() == (f"video: {path}\n", "") and path.read_bytes() != before
+    assert [p.name for p in tmp_path.glob("*.mp4")] == ["replay.mp4"]
+
+
+@pytest.mark.parametrize("broken", ["no encoder", "no imageio", "render fails", "render fails later"])
 def test_a_failing_render_costs_the_video_only(broken, main, monkeypatch):
     from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 
@@ -414,8 +528,10 @@ def test_a_failing_render_costs_the_video_only(broken, main, monkeypatch):
     monkeypatch.setattr(CartPoleEnv, "render", fail)
     if broken == "no encoder":
         monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
-    code, _, err = main(*FLAGS, "--capture-video")
-    assert code == 0
+    if broken == "no imageio":
+        monkeypatch.setitem(sys.modules, "imageio.v2", None)
+    code, out, err = main(*FLAGS, "--capture-video")
+    assert code == 0 and out.splitlines()[-1].startswith("run: runs/trained; next: ")
     assert err.startswith("warning: the video failed: ") and err.count("\n") == 1
     assert Path("runs/trained/results.json").exists()
     assert not Path("runs/trained/replay.mp4").exists()

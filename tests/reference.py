@@ -596,8 +596,8 @@ def in_words(row: dict) -> dict[str, str]:
 def long_table(summary: list[dict]) -> str:
     """The table of results.md: all rows and all numbers."""
     names = ("environment", "steps", "seeds", "mean", "std", "IQM [95%]", "worst", "training", "tried",
-             "published best", "source")  # fmt: skip
-    lines = [f"| {' | '.join(names)} |", "|:--|" + "--:|" * 8 + ":--|:--|"]
+             "published best", "source", "made by")  # fmt: skip
+    lines = [f"| {' | '.join(names)} |", "|:--|" + "--:|" * 8 + ":--|:--|:--|"]
     for row in summary:
         x, n, cells = in_words(row), len(row["seeds"]), ["not run", "", "", "", ""]
         if n:
@@ -605,6 +605,7 @@ def long_table(summary: list[dict]) -> str:
             cells = [x["mean"], *spread, x["min"], x["wall"]]
         world = ", ".join(filter(None, [row["env_id"], row.get("label")]))
         words = [world, x["steps"], x["seeds"], *cells, str(row["tried"]), row["published"], row["source"]]
+        words.append(" or ".join(row["made_with"]["ppo.py"]) if n else "")
         lines.append(f"| {' | '.join(words)} |")
     if missing := dict.fromkeys(row["env_id"] for row in summary if len(row["seeds"]) < row["planned"]):
         lines.append(f"\nTo be run: `python tests/reference.py --envs {' '.join(missing)}`")

@@ -36,7 +36,7 @@ def join(rank, store):
     ppo.RANK, ppo.RANKS, ppo.LAUNCH = rank, 2, "torchrun --nproc-per-node 2"  # read when this module was imported
     ppo.RANK, ppo.RANKS = rank, 2  # read at import
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=30), 2, rank)
+    dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=120), 2, rank)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def launch(launcher, *argv, cwd=None, **env):
     """ppo.py under torchrun with these flags of its own, as a user starts it."""
     command = [sys.executable, "-m", "torch.distributed.run", *launcher, ROOT / "ppo.py", *argv]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ".", **env}
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=env, cwd=cwd)
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, env=env, cwd=cwd)
 
 
 def torchrun(*argv, **env):

@@ -1116,12 +1116,11 @@ def score(agent: Agent, args: Args) -> Json:
 
 
 def record_video(agent: Agent, args: Args, path: Path) -> None:
-    """One episode, for browsers. Its failure costs no run."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with one_line("the video", "All else is there", code=0):
         import imageio.v2 as imageio
 
-        os.environ["SDL_VIDEODRIVER"] = "dummy"  # pygame draws without a display
+        os.environ["SDL_VIDEODRIVER"] = "dummy"
         new, how = path.with_name("unfinished.mp4"), dict(macro_block_size=2, output_params=["-movflags", "+faststart"])
         for worlds in play(agent, args, 1, VIDEO, 3_000, "rgb_array"):
             if worlds.envs.render_mode:
@@ -1131,7 +1130,8 @@ def record_video(agent: Agent, args: Args, path: Path) -> None:
                 frame = worlds.obs[0].reshape(4, 84, 84)[-1].repeat(4, 0).repeat(4, 1)
             if worlds.t == 0:
                 video = imageio.get_writer(new, fps=worlds.envs.metadata.get("render_fps", 15), **how)
-            video.append_data(frame if frame.dtype.kind == "f" else frame.astype(np.uint8))
+            whole = 255 if frame.dtype.kind == "f" and frame.max() <= 1 else 1
+            video.append_data((whole * frame).astype(np.uint8))
         video.close()
         print(f"video: {new.replace(path)}", flush=True)
 

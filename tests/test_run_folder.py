@@ -479,11 +479,13 @@ FORMS = ["RGB", "RGBA", "grey", "grey, three axes", "floats", "float32", "number
 
 @pytest.mark.parametrize("form, size", [*((form, (64, 96)) for form in FORMS), ("RGB", (65, 96)), ("RGB", (64, 97)),
                                         ("RGBA", (31, 63)), ("grey", (33, 45)), ("floats", (121, 97))])  # fmt: skip
-def test_pictures_of_every_form_are_filmed_in_their_colours(form, size, register, tmp_path, capsys):
+def test_pictures_of_every_form_are_filmed_in_their_colours(form, size, register, tmp_path, capsys, caplog):
     height, width = size
     film(register, tmp_path / "replay.mp4", form, height=height, width=width)
     out, err = capsys.readouterr()
     assert (out, err) == (f"video: {tmp_path / 'replay.mp4'}\n", "")
+    told = [record.getMessage() for record in caplog.records]  # which goes to standard error, if it is no test
+    assert len(told) == height % 2 | width % 2 and all("resizing from" in words for words in told)  # once
     meta, frames = assert_plays_in_browsers(tmp_path / "replay.mp4")
     assert frames == 11 and meta["fps"] == 20 and not (tmp_path / "unfinished.mp4").exists()
     shown = pictures(tmp_path / "replay.mp4")

@@ -464,8 +464,7 @@ def minibatches(batch: Batch, rollout: Rollout, args: Args) -> Iterator[Batch]:
     for envs in groups:
         part, valid = batch[:, envs], rollout.valid[:, envs]
         rows = shuffle(valid, batch.obs.device).view(args.num_minibatches // len(groups), -1)
-        flat = Batch(*(column.flatten(0, 1) for column in vars(part).values() if column is not None))
-        drawn = flat[rows]  # [minibatches of these environments, M, ...]
+        drawn = part[rows // valid.shape[1], rows % valid.shape[1]]  # [minibatches of these environments, M, ...]
         if args.norm_adv:  # [core 7]
             drawn.advantages = standardize(drawn.advantages)
         for m in range(len(rows)):
@@ -909,9 +908,10 @@ def make_envs(args: Args, seeds: list[int], training: bool, render: str) -> tupl
                 print_once(f"{env_id} shows raw frames; ALE/..., by --vectorization auto, not")
             makers = [partial(make_env, spec, options, args.frame_stack, i, seed) for i, seed in enumerate(seeds)]
             if mode == "async" and training:
-                start = "forkserver" if sys.platform == "linux" else None  # a fork would not survive OpenGL
+                start = "forkserver" if sys.platform == "linux" else None  # OpenGL survives no fork
                 multiprocessing.set_forkserver_preload("gymnasium huggingface_hub torch.optim.adam tyro".split())
-                envs = AsyncVectorEnv(makers, copy=False, context=start)
+                with mock.patch.dict(os.environ, PYTHONSAFEPATH="1"):  # the working directory hides no package
+                    envs = AsyncVectorEnv(makers, copy=False, context=start)
                 envs.close = partial(envs.close, timeout=9)  # a worker may be stuck
             else:
                 envs = SyncVectorEnv(makers, copy=False)
@@ -930,7 +930,7 @@ def make_envs(args: Args, seeds: list[int], training: bool, render: str) -> tupl
 def make_env(spec: Any, options: Json, frame_stack: int, i: int, seed: int) -> gym.Env:
     random.seed(seed)  # some worlds draw from these
     np.random.seed(seed)
-    if multiprocessing.parent_process():  # which decides what a signal means
+    if multiprocessing.parent_process():  # it decides about signals
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     plain = replace(spec, max_episode_steps=None, order_enforce=False, disable_env_checker=True)
     env: gym.Env = gym.make(plain, **options)
@@ -938,7 +938,7 @@ def make_env(spec: Any, options: Json, frame_stack: int, i: int, seed: int) -> g
     env = Answers(env, i)
     if spec.max_episode_steps:
         env = gym.wrappers.TimeLimit(env, spec.max_episode_steps)
-    if frame_stack > 1:  # of copies: an environment may give the same array again
+    if frame_stack > 1:  # of copies: an array may come again
         env = gym.wrappers.TransformObservation(env, copy.deepcopy, None)
         env = gym.wrappers.FrameStackObservation(env, frame_stack)
     return env
@@ -949,7 +949,8 @@ class Answers(gym.Wrapper):
 
     def __init__(self, env: gym.Env, i: int):
         super().__init__(env)
-        self.name, self.masks = f"environment {i}", env.has_wrapper_attr("action_masks")
+        self.name, masked = f"environment {i}", env.has_wrapper_attr("action_masks")
+        self.masks = env.get_wrapper_attr("action_masks") if masked else None
 
     def reset(self, *, seed=None, options=None):
         return self.ask(self.env.reset, 2, seed=seed)
@@ -973,7 +974,7 @@ class Answers(gym.Wrapper):
             raise ValueError(f"{self.name} gave an observation of shape {np.shape(obs)}, not {shape}")
         told = {name: info[name] for name in ("lives", "action_mask") if name in info}
         if self.masks:
-            told["action_mask"] = self.env.get_wrapper_attr("action_masks")()
+            told["action_mask"] = self.masks()
         if "action_mask" in told:
             told["action_mask"] = np.hstack(told["action_mask"])  # MultiDiscrete's may come in parts
         return obs, *rest, told
@@ -1043,7 +1044,7 @@ def to_torch(x: np.ndarray, device: torch.device) -> Tensor:
 
 def compile_gradient(agent: Agent) -> Callable:
     """compute_gradient as one graph; the first minibatch waits for it."""
-    torch._dynamo.config.trace_autograd_ops = True  # else torch.autograd.grad would break it
+    torch._dynamo.config.trace_autograd_ops = True  # else autograd.grad would break it
     mode = "reduce-overhead" if agent.device.type == "cuda" else "default"  # a CUDA graph: it holds no RNG
     return torch.compile(compute_gradient, fullgraph=True, dynamic=False, mode=mode)
 
@@ -1116,6 +1117,7 @@ def score(agent: Agent, args: Args) -> Json:
 
 
 def record_video(agent: Agent, args: Args, path: Path) -> None:
+    """One episode, for browsers. Its failure costs no run."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with one_line("the video", "All else is there", code=0):
         import imageio.v2 as imageio
@@ -1248,13 +1250,8 @@ def open_run(args: Args) -> State:
         write_file(run / "config.json", config)
     state.checkpoint()
     if RANK == 0:
-        more: Json = {
-            "device": device.type,
-            "action masks": agent.masks,
-            "options": args.env_kwargs,
-            "step": state.global_step,
-        }
-        told = {"run": run, "preset": args.preset or "none", **more}
+        told: Json = {"run": run, "preset": args.preset or "none", "device": device.type, "action masks": agent.masks}
+        told |= {"options": args.env_kwargs, "step": state.global_step}
         print(*(f"{name}: {x}" for name, x in told.items() if x), sep="   ", flush=True)
     return state
 
@@ -1567,9 +1564,8 @@ SMALL = WIDE | dict(norm_obs=False)
 RELU = LOOSE | dict(norm_reward=True, activation="relu")
 LINEAR = LOOSE | dict(hidden_sizes=())
 IMAGES = LINEAR | dict(clip_coef=0.1)
-ATARI = IMAGES | dict(
-    clip_reward=True, episodic_life=True, eval_episodes=30, env_kwargs={"repeat_action_probability": 0.0}
-)
+STICKY = {"repeat_action_probability": 0.0}
+ATARI = IMAGES | dict(clip_reward=True, episodic_life=True, eval_episodes=30, env_kwargs=STICKY)
 FORCES = BOTH | dict(env_kwargs={"include_cfrc_ext_in_observation": False})
 
 # These columns, without the last ones if Args' defaults fit (CleanRL's), and what else differs
@@ -1611,8 +1607,7 @@ LAUNCH = f"torchrun --nproc-per-node {RANKS}" if RANKS > 1 else "python"
 MODES = ("init_from", "evaluate", "resume")
 # What may differ when a run is resumed
 FREE = ("device", "repo_id", "capture_video")
-
-
+# What flags of CleanRL and SB3's zoo are here
 OURS = dict(
     cuda="--device", torch_deterministic="always so", save_model="always so", upload_model="--repo-id",
     hf_entity="--repo-id", track="see recipes.md", algo="PPO", env="--env-id", n_timesteps="--total-timesteps",
@@ -1651,7 +1646,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     read: Any = partial(tyro.cli, Args, args=typed, prog=SCRIPT)
     first, unknown = read(default=Args(env_id=""), return_unknown_args=True, add_help=False)
     for word in unknown:
-        if ours := OURS.get(word.strip("-").replace("-", "_")):  # CleanRL's and the zoo's names
+        if ours := OURS.get(word.strip("-").replace("-", "_")):
             raise Stop(f"there is no {word} here: {ours}")
     named = {mode: name for mode in MODES if (name := getattr(first, mode)) is not None}
     if len(named) > 1 or "" in named.values():
@@ -1693,7 +1688,7 @@ def run_command(args: Args) -> None:
             record_video(agent, args, folder / "replay.mp4")
         return
     finished = args.run / "results.json"
-    if args.repo_id and RANK == 0:  # fail now, not after hours
+    if args.repo_id and RANK == 0:  # fail early
         with one_line(f"access to {args.repo_id}", "Try `hf auth login`, or push later by --resume"):
             repo_id = hub.create_repo(args.repo_id, exist_ok=True).repo_id
             hub.auth_check(repo_id, write=True)

@@ -120,9 +120,14 @@ def sb3(world: str, seed: int) -> list[float]:
 
 
 def random(world: str, seed: int) -> list[float]:
-    env, returns = gym.make(world), []
+    return random_returns(gym.make(world), seed, EPISODES)
+
+
+def random_returns(env: gym.Env, seed: int, episodes: int) -> list[float]:
+    """Of so many episodes of random actions."""
+    returns = []
     env.action_space.seed(seed)
-    for episode in range(EPISODES):
+    for episode in range(episodes):
         env.reset(seed=seed * 1000 + episode)
         total, done = 0.0, False
         while not done:

@@ -19,9 +19,10 @@ from glob import glob
 from pathlib import Path
 
 import numpy as np
+import reference
 import tyro
 from matplotlib.figure import Figure
-from reference import ROOT, begin_or_resume, finish, interval, iqm, png, run_all, training_returns
+from reference import ROOT, begin_or_resume, finish, interval, iqm, png, run_all
 
 
 def main(env_ids: tuple[str, ...] = ("CartPole-v1",), seeds: int = 3, vary: tuple[str, ...] = (),
@@ -75,7 +76,7 @@ def curve(run: Path) -> tuple[np.ndarray, np.ndarray]:
     if (run / "curve.csv").exists():
         steps, returns, _ = np.loadtxt(run / "curve.csv", delimiter=",", skiprows=1, ndmin=2).reshape(-1, 3).T
         return steps, returns
-    return training_returns(run)
+    return reference.training_returns(run)
 
 
 HEAD = ["environment", "variant", "seeds", "mean", "std", "IQM", "low", "high", "worst", "seconds"]
@@ -109,11 +110,8 @@ def picture(name: Path, env_id: str, group: dict[str, list[Path]]) -> list[list]
 
 def smooth(at: np.ndarray, steps: np.ndarray, returns: np.ndarray) -> np.ndarray:
     """The mean return of each hundredth of the run, interpolated; NaN before the first episode ended."""
-    part = np.searchsorted(at, steps).clip(max=len(at) - 1)
-    number = np.bincount(part, minlength=len(at))
-    known = number > 0
-    means = np.bincount(part, returns, len(at))[known] / number[known]
-    return np.interp(at, at[known], means, left=np.nan)
+    parts = reference.learning_curve(steps.astype(int).clip(max=int(at[-1])), returns, int(at[-1]), len(at) - 1)
+    return reference.fill(at, np.append(np.nan, parts))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ runs/reference/worlds.md. Interrupt it at any time; the same command goes on whe
 """
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -24,10 +23,12 @@ from typing import NamedTuple
 
 import numpy as np
 import tyro
-from reference import run_all
+from general import number, random_returns
+from reference import REFERENCE, ROOT, begin_or_resume, in_background, run_all
 
-ROOT = Path(__file__).resolve().parent.parent
-SCORES = ROOT / "runs" / "reference" / "worlds"
+import ppo
+
+SCORES = REFERENCE / "worlds"
 GROUPS = {  # environments of packages that can live together
     "light": """minigrid==3.2.0 highway-env==1.12.1 flappy-bird-gymnasium==0.4.0 gym-pusht==0.1.8 pymunk==6.11.1
         panda-gym==3.0.7 mo-gymnasium==1.3.2 vizdoom==1.3.2 popgym==1.0.7 gym-anytrading==2.0.0
@@ -140,22 +141,19 @@ def flags(world: World) -> list[str]:
     return ["--env-id", world.env_id, "--total-timesteps", str(world.steps), *shlex.split(world.flags)]
 
 
+def work_folder(world: World, kind: str) -> Path:
+    return ROOT / "runs" / f"others-{world.name}-{kind}"
+
+
 def start(world: World, kind: str) -> subprocess.Popen:
-    run = ROOT / "runs" / f"others-{world.name}-{kind}"
-    if kind == "ppo":
-        resume = list(run.glob("checkpoint-*.pt"))
-        more = ["--seed", "1", "--eval-episodes", str(world.episodes), "--run-name", run.name]
-        command = ["ppo.py", "--resume", str(run)] if resume else ["ppo.py", *flags(world), *more]
-    else:
-        command = ["tests/others.py", "--one", world.name, kind]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests"), "MUJOCO_GL": "egl"}
-    with open(f"{run}.log", "a") as log:
-        return subprocess.Popen([python(world.group), *command], cwd=ROOT, stdout=log, stderr=log, env=env,
-                                start_new_session=True)  # fmt: skip
+    run, interpreter = work_folder(world, kind), python(world.group)
+    if kind != "ppo":
+        return in_background(run, ["tests/others.py", "--one", world.name, kind], interpreter)
+    return begin_or_resume(run, [*flags(world), "--seed", "1", "--eval-episodes", str(world.episodes)], interpreter)
 
 
 def collect(world: World, kind: str) -> str:
-    run = ROOT / "runs" / f"others-{world.name}-{kind}"
+    run = work_folder(world, kind)
     if kind == "ppo":
         results = json.loads((run / "results.json").read_text())
         scores, seconds = results["episode_returns"], results["training_seconds"]
@@ -171,9 +169,6 @@ def collect(world: World, kind: str) -> str:
 
 def make(world: World):
     """The environment as ppo.py makes it, stack of frames included, for one agent."""
-    sys.path.insert(0, str(ROOT))
-    import ppo
-
     args = ppo.parse_args(flags(world))
     ppo.register(args.env_id)
     env = ppo.gym.make(args.plain_id, **args.env_kwargs)
@@ -181,16 +176,7 @@ def make(world: World):
 
 
 def random(world: World) -> tuple[list[float], float]:
-    env, returns = make(world), []
-    env.action_space.seed(1)
-    for episode in range(world.episodes):
-        env.reset(seed=1000 + episode)
-        total, done = 0.0, False
-        while not done:
-            _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
-            total, done = total + float(reward), terminated or truncated
-        returns.append(total)
-    return returns, 0.0
+    return random_returns(make(world), 1, world.episodes), 0.0
 
 
 def sb3(world: World) -> tuple[list[float], float]:
@@ -204,7 +190,7 @@ def sb3(world: World) -> tuple[list[float], float]:
         env = make(world)
         if isinstance(env.observation_space, spaces.Dict):
             taken = [k for k, s in env.observation_space.items() if isinstance(s, (spaces.Box, spaces.Discrete))]
-            env = __import__("gymnasium").wrappers.FilterObservation(env, taken)
+            env = ppo.gym.wrappers.FilterObservation(env, taken)
         return Monitor(env)
 
     space = env().observation_space
@@ -214,10 +200,6 @@ def sb3(world: World) -> tuple[list[float], float]:
     model.learn(world.steps)
     seconds = time.perf_counter() - began
     return evaluate_policy(model, env(), world.episodes, return_episode_rewards=True)[0], seconds
-
-
-def number(x: float) -> str:
-    return f"{x:.1f}" if abs(x) >= 10 else f"{x:.2f}"
 
 
 def page() -> str:

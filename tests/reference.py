@@ -197,7 +197,6 @@ def work_folder(row: Row, seed: int) -> Path:
     return ROOT / "runs" / f"work-{row.name}-seed{seed}"
 
 
-@cache
 def target_folder(row: Row) -> Path:
     """Where new seeds of a row go: to those that are there, if the page learns as it did for them."""
     folder, new = reference_folder(row), REFERENCE / "next" / row.name
@@ -255,21 +254,21 @@ def start(row: Row, seed: int) -> subprocess.Popen:
     return begin_or_resume(work_folder(row, seed), [*row.command, "--seed", str(seed)])
 
 
-def begin_or_resume(run: Path, flags: list[str]) -> subprocess.Popen:
+def begin_or_resume(run: Path, flags: list[str], python: str = sys.executable) -> subprocess.Popen:
     """A process that begins this run or goes on with it, in a session of its own: Ctrl-C shall reach us alone."""
     if list(run.glob("checkpoint-*.pt")):
         command = ["ppo.py", "--resume", f"runs/{run.name}"]
     else:
         shutil.rmtree(run, ignore_errors=True)  # it stopped before its first checkpoint
         command = ["ppo.py", *flags, "--run-name", run.name]
-    return in_background(run, command)
+    return in_background(run, command, python)
 
 
-def in_background(run: Path, command: list[str]) -> subprocess.Popen:
-    """This Python with a command of ours, on one thread; what it prints goes to the .log beside the run."""
+def in_background(run: Path, command: list[str], python: str = sys.executable) -> subprocess.Popen:
+    """A command of ours, on one thread; what it prints goes to the .log beside the run."""
     run.parent.mkdir(exist_ok=True)
     with open(f"{run}.log", "a") as log:
-        return subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=log, stderr=log,
+        return subprocess.Popen([python, *command], cwd=ROOT, stdout=log, stderr=log,
                                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")},
                                 start_new_session=True)  # fmt: skip
 
@@ -297,7 +296,7 @@ def collect(row: Row, seed: int) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     settings, _ = read_settings(run)
     total, left = int(settings["total_timesteps"]), ("seed", "run_name", "parts", "action", "masks")
-    settings |= {"fingerprint": read_settings(folder)[0].get("fingerprint") or fingerprint(row)}
+    settings |= {"fingerprint": fingerprint(row)}
     write_file(folder / "hyperparameters.json", {k: v for k, v in settings.items() if k not in left})
     curves = read_curves(folder / "curve.csv")[1] if (folder / "curve.csv").exists() else {}
     write_curves(folder / "curve.csv", total, curves | {seed: learning_curve(*training_returns(run), total)})
@@ -306,7 +305,6 @@ def collect(row: Row, seed: int) -> str:
     if folder != reference_folder(row) and len(list(folder.glob("seed*.json"))) >= row.seeds:
         shutil.rmtree(reference_folder(row))
         folder.rename(reference_folder(row))
-        target_folder.cache_clear()
     return "{mean_reward:.2f} +/- {std_reward:.2f}, {training_seconds:.0f} s".format(**results)
 
 
@@ -321,6 +319,7 @@ def made_with() -> dict:
     return here | {"cores": os.cpu_count()} | {name: packages[name] for name in names if name in packages}
 
 
+@cache
 def fingerprint(row: Row) -> float:
     """How far all weights have moved in two iterations of seed 1: elsewhere, if a page learns otherwise.
     To four digits, for processors round differently."""
@@ -372,8 +371,13 @@ def read_curves(path: Path) -> tuple[np.ndarray, dict[int, np.ndarray]]:
 def read_lines(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """The steps [points] and mean returns [runs, points] of a row's runs; NaN before a run's first episode ended."""
     steps, curves = read_curves(folder / "curve.csv")
-    known = [(curve, ~np.isnan(curve)) for curve in curves.values()]
-    return steps, np.stack([np.interp(steps, steps[ok], curve[ok], left=np.nan) for curve, ok in known])
+    return steps, np.stack([fill(steps, curve) for curve in curves.values()])
+
+
+def fill(steps: np.ndarray, curve: np.ndarray) -> np.ndarray:
+    """The curve, interpolated where no episode ended; NaN before the first one did."""
+    known = ~np.isnan(curve)
+    return np.interp(steps, steps[known], curve[known], left=np.nan)
 
 
 def draw_middle(axes, steps: np.ndarray, lines: np.ndarray) -> None:
@@ -460,35 +464,40 @@ def small_multiples(summary: list[dict]):
 
 def strip(films: list[Path], number: int = 6, height: int = 200) -> bytes:
     """A picture of so many frames side by side: of each film equally many, evenly spaced up to its last one."""
-    from imageio_ffmpeg import read_frames
     from PIL import Image
 
-    row = []
+    row, share = [], number // len(films)
     for film in films:
-        frames = read_frames(str(film))
-        size = next(frames)["size"]
-        frames = list(frames)
-        share = number // len(films)
+        frames = film_frames(film)
         for i in range(1, share + 1):
-            frame = Image.frombytes("RGB", size, frames[(len(frames) - 1) * i // share])
-            frame = frame.resize((size[0] * height // size[1], height), Image.Resampling.LANCZOS)
-            row += [np.asarray(frame), np.full((height, 8, 3), 255, np.uint8)]  # a white gap after each
+            frame = scaled(frames[(len(frames) - 1) * i // share], height)
+            row += [frame, np.full((height, 8, 3), 255, np.uint8)]  # a white gap after each
     Image.fromarray(np.hstack(row[:-1])).save(image := io.BytesIO(), format="png", optimize=True)
     return image.getvalue()
 
 
-def gif(films: list[Path], height: int = 200, every: int = 5, seconds: float = 12) -> bytes:
-    """The films side by side; one that ends sooner stands still."""
+def film_frames(film: Path) -> list:
+    """Its pictures."""
     from imageio_ffmpeg import read_frames
     from PIL import Image
 
-    shown = []
-    for film in films:
-        frames = read_frames(str(film))
-        size = next(frames)["size"]
-        taken = [Image.frombytes("RGB", size, frame) for frame in list(frames)[::every]]
-        wide = size[0] * height // size[1]
-        shown.append([np.asarray(frame.resize((wide, height), Image.Resampling.LANCZOS)) for frame in taken])
+    frames = read_frames(str(film))
+    size = next(frames)["size"]
+    return [Image.frombytes("RGB", size, frame) for frame in frames]
+
+
+def scaled(picture, height: int) -> np.ndarray:
+    from PIL import Image
+
+    width = picture.size[0] * height // picture.size[1]
+    return np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))
+
+
+def gif(films: list[Path], height: int = 200, every: int = 5, seconds: float = 12) -> bytes:
+    """The films side by side; one that ends sooner stands still."""
+    from PIL import Image
+
+    shown = [[scaled(frame, height) for frame in film_frames(film)[::every]] for film in films]
     number = min(int(50 / every * seconds), max(map(len, shown)))
     gap = np.full((height, 6, 3), 255, np.uint8)
     rows = [np.hstack([x for s in shown for x in (s[min(i, len(s) - 1)], gap)][:-1]) for i in range(number)]

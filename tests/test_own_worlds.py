@@ -255,7 +255,7 @@ def test_an_environment_may_give_the_same_array_again(stack, world, vectorizatio
 
 @pytest.mark.parametrize("vectorization, hidden", [
     ("sync", ["numpy", "queue", "matplotlib", "tensorboard", "imageio", "pygame", "ale_py"]),
-    ("async", ["matplotlib", "tensorboard", "imageio", "pygame", "ale_py"]),
+    ("async", ["matplotlib", "tensorboard", "imageio", "pygame", "ale_py"]), ("async", ["queue"]), ("async", ["numpy"]),
 ])  # fmt: skip
 def test_a_module_in_the_working_directory_is_found_and_hides_no_other(vectorization, hidden):
     Path("mine.py").write_text("import gymnasium as gym\nfrom gymnasium.envs.classic_control import CartPoleEnv\n"

@@ -34,7 +34,6 @@ MEMORY = {"lstm_hidden_size": 8, "num_minibatches": 2}  # of whole environments:
 def join(rank, store):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     ppo.RANK, ppo.RANKS, ppo.LAUNCH = rank, 2, "torchrun --nproc-per-node 2"  # read when this module was imported
-    ppo.RANK, ppo.RANKS = rank, 2  # read at import
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=120), 2, rank)
 
@@ -42,8 +41,6 @@ def join(rank, store):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """Two waiting processes, ranks 0 and 1 of one group: ranks(function, *args) -> the results of both."""
-    if "PYTEST_XDIST_WORKER" in os.environ:  # beside other tests one rank may wait for the other for too long
-        pytest.skip("run tests/test_ranks.py by itself")
     store, spawn = tmp_path_factory.mktemp("ranks") / "store", get_context("spawn")
     pools = [ProcessPoolExecutor(1, spawn, join, (rank, store)) for rank in range(2)]
     yield lambda *call: [future.result() for future in [pool.submit(*call) for pool in pools]]

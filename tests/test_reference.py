@@ -116,7 +116,6 @@ def row_folders(tmp_path, monkeypatch):
     """A row whose folder is here, with a seed of this page in it."""
     monkeypatch.setattr(reference, "REFERENCE", tmp_path)
     monkeypatch.setattr(reference, "fingerprint", lambda row: 1.25)
-    reference.target_folder.cache_clear()
     row = reference.ROWS[0]
     folder = reference.reference_folder(row)
     folder.mkdir(parents=True)

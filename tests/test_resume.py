@@ -278,7 +278,9 @@ def saved(monkeypatch):
     return iterations
 
 
-@pytest.mark.parametrize("stops", [(2,), (4,), (5,), (12,), (13, 25), (26,), (30,), (3, 4, 11, 12, 13, 39)], ids=str)
+@pytest.mark.parametrize(
+    "stops", [(2,), (4,), (5,), (12,), (13, 25), (26,), (30,), (3, 4, 11, 12, 13, 26, 39)], ids=str
+)
 def test_legs_that_double_are_the_same_when_a_run_is_resumed(stops, saved, main, register, monkeypatch):
     """Legs of 4 and 8 rollouts of 8 steps end no episode of 100 steps; one of 14, a third of the run, does."""
     env_id, collect, starts = register(Patient), ppo.collect, (0, 4, 12, 26)

@@ -65,6 +65,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 from unittest import mock
 
+if sys.version_info[1] < 11:
+    sys.exit("error: Python 3.11 to 3.13, please")
+
 import gymnasium as gym
 import huggingface_hub as hub
 import numpy as np
@@ -103,7 +106,7 @@ class Args:
     # Where the agent acts
     env_id: str = "CartPole-v1"  # Gymnasium id; `my_module:MyEnv-v0` imports your own module first
     env_kwargs: Options = field(default_factory=dict)  # its options: `is_slippery False map_name 8x8`
-    preset: str = ""  # where defaults come from, see PRESETS; if not given, what fits the world
+    preset: str = ""  # a name in PRESETS; else what fits the world
     num_envs: Count = 4  # N, environments side by side
     vectorization: Literal["auto", "sync", "async"] = "auto"  # auto: the environment's own, else sync
     frame_stack: Count = 1  # see the last so many observations at once
@@ -134,7 +137,7 @@ class Args:
     activation: Literal["tanh", "relu"] = "tanh"  # between those layers
     lstm_hidden_size: Natural = 0  # units of memory below the heads; 0, or 64 to 512
     norm_obs: bool = False  # standardise vectors by their running mean and variance
-    logstd_init: Annotated[float, "finite", math.isfinite] = 0.0  # first log standard deviation of continuous actions
+    logstd_init: Annotated[float, "finite", math.isfinite] = 0.0  # log deviation of continuous actions, at first
     # How it is scored
     validation_episodes: Natural = 10  # at each checkpoint, to keep the best agent
     eval_episodes: Count = 100  # at the end
@@ -295,10 +298,15 @@ def mlp(sizes: list[int], activation: str, gain: float) -> nn.Sequential:
     """Linear layers of these sizes; `gain` is that of the last."""
     layers: list[nn.Module] = []
     for a, b in zip(sizes, sizes[1:-1]):
-        layers.append(layer_init(nn.Linear(a, b)))
-        layers.append(nn.Tanh() if activation == "tanh" else nn.ReLU())
-    last = nn.Linear(*sizes[-2:])
-    return nn.Sequential(*layers, layer_init(last, gain))
+        layers += [layer_init(nn.Linear(a, b)), nn.Tanh() if activation == "tanh" else nn.ReLU()]
+    return Layers(*layers, layer_init(nn.Linear(*sizes[-2:]), gain))
+
+
+class Layers(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer.forward(x)  # layer(x) looks for hooks first
+        return x
 
 
 def layer_init(layer, gain: float = math.sqrt(2)):
@@ -310,12 +318,7 @@ def layer_init(layer, gain: float = math.sqrt(2)):
 
 # ---- The mathematics of PPO: tensors in, tensors out -------------------------
 def compute_gae(
-    rewards: Tensor,
-    values: Tensor,
-    terminated: Tensor,
-    done: Tensor,
-    gamma: float,
-    gae_lambda: float,
+    rewards: Tensor, values: Tensor, terminated: Tensor, done: Tensor, gamma: float, gae_lambda: float
 ) -> Tensor:
     """Generalised advantage estimation [core 5], GAE Eq. 16, [T, N], from values [T+1, N].
     After a termination no value is to come, after a truncation that of the last observation."""
@@ -438,7 +441,7 @@ class Batch:
         return Batch(*(column[rows] for column in vars(self).values() if column is not None))
 
 
-@torch.no_grad()  # not inference_mode: autograd will meet these numbers in the loss
+@torch.no_grad()  # no inference_mode: the loss needs these numbers
 def estimate(agent: Agent, rollout: Rollout, args: Args) -> Batch:
     """All that is learned from; theta is theta_old now."""
     T, device = len(rollout.actions), agent.device
@@ -464,7 +467,7 @@ def minibatches(batch: Batch, rollout: Rollout, args: Args) -> Iterator[Batch]:
     for envs in groups:
         part, valid = batch[:, envs], rollout.valid[:, envs]
         rows = shuffle(valid, batch.obs.device).view(args.num_minibatches // len(groups), -1)
-        drawn = part[rows // valid.shape[1], rows % valid.shape[1]]  # [minibatches of these environments, M, ...]
+        drawn = part[rows // valid.shape[1], rows % valid.shape[1]]  # [minibatches, M, ...]
         if args.norm_adv:  # [core 7]
             drawn.advantages = standardize(drawn.advantages)
         for m in range(len(rows)):
@@ -510,8 +513,8 @@ def train(args: Args) -> "State":
     log = state.log = Log(state) if RANK == 0 else Silence()
 
     for leg in legs(state):
-        # Environments can't be saved, so every run makes new ones here, and seeds all that is random anew: a resumed
-        # run repeats the uninterrupted one. Both cut episodes under way: bootstrapped, not logged.
+        # Environments can't be saved: here every run makes new ones, and seeds all that is random, so a resumed one
+        # repeats the uninterrupted one. Episodes under way are cut: bootstrapped, not logged.
         env_seeds = seeds(args.seed, TRAINING, RANK, leg.start, n=N)
         worlds = Worlds(args, env_seeds, leg.start * T)
         rollout = Rollout.empty(agent, worlds, T)
@@ -543,7 +546,7 @@ def train(args: Args) -> "State":
                     break
 
             update_statistics(agent, worlds, rollout)
-            steps, ended = rank_sum(torch.tensor([rollout.valid.sum(), rollout.done.sum()])).tolist()  # all ranks
+            steps, ended = rank_sum(torch.tensor([rollout.valid.sum(), rollout.done.sum()])).tolist()
             state.global_step += steps  # without reset rows
             state.ended += ended
             state.seconds += time.perf_counter() - started
@@ -596,7 +599,7 @@ class Memory(nn.LSTM):
 def describe(space: gym.Space, *path: str | int) -> list[Json]:
     """The parts of a space, as JSON: where each stands, its kind, its shape."""
     shape = list(space.shape or ())
-    part = {"path": list(path), "kind": "numbers", "shape": shape, "width": math.prod(shape)}  # in a row
+    part = {"path": list(path), "kind": "numbers", "shape": shape, "width": math.prod(shape)}
     match space:
         case spaces.Dict() | spaces.Tuple():
             keys: Any = space if isinstance(space, spaces.Dict) else range(len(space))
@@ -792,12 +795,12 @@ def update_statistics(agent: Agent, worlds: "Worlds", rollout: Rollout) -> None:
 
 
 def accumulate(x: np.ndarray, done: np.ndarray, carry: np.ndarray, gamma: float = 1.0) -> np.ndarray:
-    """Discounted sums of x within episodes, [T, N]; `carry`, [N]: of those under way."""
-    sums = np.empty(x.shape)
+    """Discounted sums of x within episodes, [T, N]; `carry`, [N]: what is kept of them."""
+    sums, kept = np.empty(x.shape), gamma * ~done
     for t in range(len(x)):
-        carry[:] = gamma * carry + x[t]
+        carry += x[t]
         sums[t] = carry
-        carry[done[t]] = 0
+        carry *= kept[t]
     return sums
 
 
@@ -918,7 +921,7 @@ def make_envs(args: Args, seeds: list[int], training: bool, render: str) -> tupl
     except (ImportError, gym.error.Error, TypeError, ValueError, AssertionError, LookupError) as error:
         ids = "LunarLander-v3, ALE/Pong-v5 (not PongNoFrameskip-v4) or my_module:MyEnv-v0 (of the old gym: by shimmy)"
         hint = f"ids are like {ids}, options like --env-kwargs size 3"
-        hint = f"pip install {error.name}" if isinstance(error, ImportError) else hint
+        hint = f"pip install {name}" if (name := getattr(error, "name", None)) else hint
         raise Stop(f"cannot make {args.env_id} with options {args.env_kwargs}: {brief(error)}; {hint}") from None
     if args.frame_stack > 1 and reset_seed is not seeds:
         raise Stop(f"--frame-stack needs --vectorization sync or async for {env_id}")
@@ -976,7 +979,7 @@ class Answers(gym.Wrapper):
         if self.masks:
             told["action_mask"] = self.masks()
         if "action_mask" in told:
-            told["action_mask"] = np.hstack(told["action_mask"])  # MultiDiscrete's may come in parts
+            told["action_mask"] = np.hstack(told["action_mask"])  # may come in parts
         return obs, *rest, told
 
 
@@ -1019,7 +1022,7 @@ def mean_over_ranks(gradient: Tensor, metrics: dict[str, Tensor]) -> tuple[Tenso
 
 
 def choose_device(args: Args, parts: list[Json]) -> torch.device:
-    """Also sets the threads: on a small MLP, a GPU or a second thread costs more than it gives."""
+    """Also sets the threads: a few rows of a small MLP take longer on a GPU or on two."""
     large = any(map(is_large, parts)) or max(args.hidden_sizes, default=0) >= 1024
     gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     found = torch.cuda.device_count() >= (mates := int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -1027,7 +1030,7 @@ def choose_device(args: Args, parts: list[Json]) -> torch.device:
         raise Stop("torch finds no GPU for each process: use --device auto")
     if "OMP_NUM_THREADS" not in os.environ:
         rows = args.batch_size // RANKS // args.num_minibatches
-        torch.set_num_threads(max(1, min((os.cpu_count() or 1) // mates, 1 + rows // 128)) if large else 1)
+        torch.set_num_threads(max(1, min((os.cpu_count() or 1) // mates, 1 + rows // (128 if large else 1024))))
     if args.device == "cpu" or not found or (args.device == "auto" and not large):
         able = torch.cpu.get_capabilities()  # else it is slow
         CNN.in_bfloat16 = any(able[name] for name in able if "bf16" in name)
@@ -1086,13 +1089,13 @@ def play(agent: Agent, args: Args, episodes: int, stream: int, limit: int, rende
 
 
 def evaluate(agent: Agent, args: Args, episodes: int, stream: int = EVALUATION, times: int = 1) -> np.ndarray:
-    """Returns, lengths, and whether they were cut, [3, episodes]: all are to take no more steps than the training,
-    each may take 1,000 or what the environment declares, and none more than Atari's 27,000."""
+    """Returns, lengths, and whether they were cut, [3, episodes]: all take no more steps than the training, but each
+    may take 1,000 or what the environment declares; none more than Atari's 27,000."""
     fair = int(args.total_timesteps) // episodes // times
     limit = min(27_000 if times == 1 else 5_000, max(fair, step_limit(args), 1_000))
     steps: Any = play(agent, args, episodes, stream, limit)
     if times == 1:
-        steps = tqdm(steps, "scoring", unit=" steps", leave=False, disable=None)  # where there is no terminal
+        steps = tqdm(steps, "scoring", unit=" steps", leave=False, disable=None)  # without a terminal
     return np.concatenate([(worlds.returned, worlds.length, ~worlds.ended) for worlds in dict.fromkeys(steps)], 1)
 
 
@@ -1110,7 +1113,7 @@ def score(agent: Agent, args: Args) -> Json:
         how += f", {cut.sum():.0f} of them cut at {lengths.max():,.0f} steps"
     mean, std = float(returns.mean()), float(returns.std())
     print(f"{args.env_id}: mean_reward {mean:.2f} +/- {std:.2f} over {how}", flush=True)
-    when = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+    when = time.strftime("%FT%T+00:00", time.gmtime())
     result: Json = dict(env_id=args.env_id, seed=args.seed, mean_reward=mean, std_reward=std, eval_datetime=when)
     result |= dict(n_evaluation_episodes=len(returns), deterministic=args.deterministic, episodes=how)
     return result | dict(episode_returns=returns.tolist(), episode_lengths=lengths.tolist())
@@ -1147,7 +1150,7 @@ class State:
     agent: Agent
     optimizer: Adam
     learning_rate: float
-    command: str  # that started the run
+    command: str
     iteration: int = 0
     global_step: int = 0  # transitions, over all ranks
     seconds: float = 0.0  # of training alone
@@ -1256,7 +1259,7 @@ def open_run(args: Args) -> State:
     return state
 
 
-class Silence:  # of all ranks but the first
+class Silence:  # of other ranks
     add = write = flush = staticmethod(lambda *args: None)
 
 
@@ -1276,7 +1279,7 @@ class Log:
             self.writer = SummaryWriter(run, purge_step=purge, flush_secs=10)
         show = "{percentage:.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         size: Any = dict(total=args.num_iterations * args.batch_size, initial=state.iteration * args.batch_size)
-        self.bar = tqdm(**size, unit_scale=True, bar_format=show, disable=None)  # where there is no terminal
+        self.bar = tqdm(**size, unit_scale=True, bar_format=show, disable=None)
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         self.names = list(metrics)
@@ -1303,7 +1306,7 @@ class Log:
         self.bar.set_postfix_str(f"return {mean}, {speed:,} steps/s", refresh=False)
         self.bar.update((iteration + 1) * state.args.batch_size - self.bar.n)
         total = state.args.num_iterations
-        if self.bar.disable and iteration * 10 // total < (iteration + 1) * 10 // total:  # no terminal
+        if self.bar.disable and iteration * 10 // total < (iteration + 1) * 10 // total:
             print(f"step {state.global_step:>11,}   return {mean:>9}   {speed:>7,} steps/s", flush=True)
 
     def write_episodes(self) -> None:
@@ -1568,7 +1571,7 @@ STICKY = {"repeat_action_probability": 0.0}
 ATARI = IMAGES | dict(clip_reward=True, episodic_life=True, eval_episodes=30, env_kwargs=STICKY)
 FORCES = BOTH | dict(env_kwargs={"include_cfrc_ext_in_observation": False})
 
-# These columns, without the last ones if Args' defaults fit (CleanRL's), and what else differs
+# These columns, the last ones only if Args' defaults (CleanRL's) do not fit; and what else differs
 COLUMNS = """total_timesteps num_envs num_steps num_minibatches update_epochs learning_rate
 ent_coef logstd_init gae_lambda gamma""".split()
 DISCRETE = (500_000, 16, 256, 8, 6, 1e-3)
@@ -1611,7 +1614,7 @@ FREE = ("device", "repo_id", "capture_video")
 OURS = dict(
     cuda="--device", torch_deterministic="always so", save_model="always so", upload_model="--repo-id",
     hf_entity="--repo-id", track="see recipes.md", algo="PPO", env="--env-id", n_timesteps="--total-timesteps",
-    render="--capture-video", push="--resume", exp_name="--run-name",
+    exp_name="--run-name", vec_env="--vectorization", trained_agent="--init-from",
 )  # fmt: skip
 
 
@@ -1646,7 +1649,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     read: Any = partial(tyro.cli, Args, args=typed, prog=SCRIPT)
     first, unknown = read(default=Args(env_id=""), return_unknown_args=True, add_help=False)
     for word in unknown:
-        if ours := OURS.get(word.strip("-").replace("-", "_")):
+        if ours := OURS.get(word.strip("-").split("=")[0].replace("-", "_")):
             raise Stop(f"there is no {word} here: {ours}")
     named = {mode: name for mode in MODES if (name := getattr(first, mode)) is not None}
     if len(named) > 1 or "" in named.values():

@@ -52,36 +52,41 @@ class World(NamedTuple):
     def name(self) -> str:
         return re.sub(r"[/ ]", "-", self.env_id.rpartition(":")[2])
 
+    @property
+    def limit(self) -> int:
+        """Steps of a scored episode, where the world has no limit of its own."""
+        return max(1_000, self.steps // self.episodes)
+
     def __str__(self) -> str:
         return self.name
 
 
 FACTORY = "a factory of {} lines, tests/factories.py"
 WORLDS = [
-    World("factories:HealthGathering-v0", "vizdoom", 1_000_000, "--frame-stack 4", FACTORY.format(5), episodes=30),
+    World("factories:HealthGathering-v0", "vizdoom", 200_000, "--frame-stack 4", FACTORY.format(5), episodes=30),
     World("minigrid:MiniGrid-DoorKey-5x5-v0", "minigrid", 100_000),
     World("minigrid:MiniGrid-LavaGapS5-v0", "minigrid", 100_000),
     World("minigrid:MiniGrid-Empty-8x8-v0", "minigrid", 100_000),
-    World("flappy_bird_gymnasium:FlappyBird-v0", "flappy-bird-gymnasium", 300_000),
+    World("flappy_bird_gymnasium:FlappyBird-v0", "flappy-bird-gymnasium", 200_000),
     World("highway_env:highway-fast-v0", "highway-env", 20_000, episodes=20),
     World("highway_env:merge-v0", "highway-env", 20_000, episodes=20),
-    World("gym_pusht:gym_pusht/PushT-v0", "gym-pusht", 300_000),
+    World("gym_pusht:gym_pusht/PushT-v0", "gym-pusht", 100_000),
     World("panda_gym:PandaReachDense-v3", "panda-gym", 100_000),
     World("panda_gym:PandaReach-v3", "panda-gym", 100_000),
     World("factories:scalar/deep-sea-treasure-v0", "mo-gymnasium", 100_000, "", FACTORY.format(2)),
-    World("factories:scalar/mo-lunar-lander-v3", "mo-gymnasium", 500_000, "", FACTORY.format(2)),
-    World("popgym:popgym-RepeatPreviousEasy-v0", "popgym", 500_000, "--lstm-hidden-size 64", "memory: a flag"),
-    World("popgym:popgym-CountRecallEasy-v0", "popgym", 500_000, "--lstm-hidden-size 64", "memory: a flag"),
+    World("factories:scalar/mo-lunar-lander-v3", "mo-gymnasium", 300_000, "", FACTORY.format(2)),
+    World("popgym:popgym-RepeatPreviousEasy-v0", "popgym", 300_000, "--lstm-hidden-size 64", "memory: a flag"),
+    World("popgym:popgym-CountRecallEasy-v0", "popgym", 300_000, "--lstm-hidden-size 64", "memory: a flag"),
     World("gym_anytrading:stocks-v0", "gym-anytrading", 200_000),
     World("gym_anytrading:forex-v0", "gym-anytrading", 200_000),
     World("tetris_gymnasium.envs:tetris_gymnasium/Tetris", "tetris-gymnasium", 200_000),
     World("gymnasium_robotics:PointMaze_UMazeDense-v3", "gymnasium-robotics", 300_000),
-    World("gymnasium_robotics:AdroitHandDoor-v1", "gymnasium-robotics", 300_000),
-    World("shimmy:dm_control/cartpole-swingup-v0", "dm_control", 500_000, episodes=20),
-    World("shimmy:dm_control/reacher-easy-v0", "dm_control", 500_000, episodes=20),
+    World("gymnasium_robotics:AdroitHandDoor-v1", "gymnasium-robotics", 200_000),
+    World("shimmy:dm_control/cartpole-swingup-v0", "dm_control", 300_000, episodes=20),
+    World("shimmy:dm_control/reacher-easy-v0", "dm_control", 300_000, episodes=20),
     World("shimmy:bsuite/catch-v0", "bsuite", 100_000),
     World("shimmy:bsuite/cartpole-v0", "bsuite", 100_000, episodes=20),
-    World("metaworld:Meta-World/MT1", "metaworld", 300_000, "--env-kwargs env_name reach-v3", "an option", "metaworld",
+    World("metaworld:Meta-World/MT1", "metaworld", 200_000, "--env-kwargs env_name reach-v3", "an option", "metaworld",
           20),
     World("Blackjack-v1", "gymnasium", 100_000),
     World("CliffWalking-v1", "gymnasium", 100_000),
@@ -167,30 +172,37 @@ def collect(world: World, kind: str) -> str:
     return "{mean_reward:.2f} +/- {std_reward:.2f}, {seconds:.0f} s".format(**result)
 
 
-def make(world: World):
-    """The environment as ppo.py makes it, stack of frames included, for one agent."""
+def make(world: World, limit: int | None = None):
+    """The environment as ppo.py makes it, stack of frames included, for one agent; scores are cut as ppo.py does."""
     args = ppo.parse_args(flags(world))
     ppo.register(args.env_id)
     env = ppo.gym.make(args.plain_id, **args.env_kwargs)
+    if limit and not env.spec.max_episode_steps:
+        env = ppo.gym.wrappers.TimeLimit(env, limit)
     return ppo.gym.wrappers.FrameStackObservation(env, args.frame_stack) if args.frame_stack > 1 else env
 
 
 def random(world: World) -> tuple[list[float], float]:
-    return random_returns(make(world), 1, world.episodes), 0.0
+    return random_returns(make(world, limit=world.limit), 1, world.episodes), 0.0
 
 
 def sb3(world: World) -> tuple[list[float], float]:
-    """Stable-Baselines3's PPO with its defaults. What it cannot take (texts) is taken out for it."""
+    """Stable-Baselines3's PPO with its defaults. Texts, which it cannot take, are taken out for it; tuples, and images
+    too small for its CNN, are shown to it as rows of numbers."""
     from gymnasium import spaces
     from stable_baselines3 import PPO
     from stable_baselines3.common.evaluation import evaluate_policy
     from stable_baselines3.common.monitor import Monitor
 
-    def env():
-        env = make(world)
+    def env(limit=None):
+        env = make(world, limit)
         if isinstance(env.observation_space, spaces.Dict):
             taken = [k for k, s in env.observation_space.items() if isinstance(s, (spaces.Box, spaces.Discrete))]
             env = ppo.gym.wrappers.FilterObservation(env, taken)
+            if any(len(s.shape) == 3 and min(s.shape[:2]) < 36 for s in env.observation_space.values()):
+                env = ppo.gym.wrappers.FlattenObservation(env)
+        if isinstance(env.observation_space, spaces.Tuple):
+            env = ppo.gym.wrappers.FlattenObservation(env)
         return Monitor(env)
 
     space = env().observation_space
@@ -199,7 +211,7 @@ def sb3(world: World) -> tuple[list[float], float]:
     model, began = PPO(policy, env(), seed=1, device="cpu"), time.perf_counter()
     model.learn(world.steps)
     seconds = time.perf_counter() - began
-    return evaluate_policy(model, env(), world.episodes, return_episode_rewards=True)[0], seconds
+    return evaluate_policy(model, env(world.limit), world.episodes, return_episode_rewards=True)[0], seconds
 
 
 def page() -> str:

@@ -322,19 +322,20 @@ def test_an_unknown_flag_is_named(refused):
     assert "--learning-speed" in refused("--learning-speed", "3")
 
 
-@pytest.mark.parametrize("values", [[], ["runs/any"]], ids=["alone", "with a value"])
+@pytest.mark.parametrize("values", [[], ["runs/any"], "="], ids=["alone", "with a value", "with ="])
 @pytest.mark.parametrize("write", [ppo.flag, "--{}".format], ids=["dashes", "underscores"])
 @pytest.mark.parametrize("name", ppo.OURS)
 def test_a_flag_of_another_script_is_told_what_it_is_here(name, write, values, refused):
     typed = write(name)
-    assert refused(typed, *values) == f"error: there is no {typed} here: {ppo.OURS[name]}"
+    argv = [f"{typed}=runs/any"] if values == "=" else [typed, *values]
+    assert refused(*argv) == f"error: there is no {argv[0]} here: {ppo.OURS[name]}"
     assert name not in {option.name for option in fields(ppo.Args)}
 
 
 def test_what_other_flags_are_here_exists():
     flags = {word for words in ppo.OURS.values() for word in re.findall(r"--[\w-]+", words)}
     assert flags <= {ppo.flag(option.name) for option in fields(ppo.Args)}
-    assert {"track", "push", "render"} < set(ppo.OURS)
+    assert {"track", "cuda", "trained_agent"} < set(ppo.OURS)
 
 
 @pytest.mark.parametrize("flags, words", [

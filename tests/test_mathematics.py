@@ -254,7 +254,7 @@ def test_accumulate_equals_a_loop_over_each_episode():
             hand = sum(0.9 ** (t - k) * x[k, i] for k in range(start, t + 1))
             assert sums[t, i] == pytest.approx(hand, abs=1e-12)
             start = t + 1 if done[t, i] else start
-    assert carry == pytest.approx(sums[-1], abs=1e-12)
+    assert carry == pytest.approx(0.9 * sums[-1] * ~done[-1], abs=1e-12)
 
 
 def numbered_batch():

@@ -180,6 +180,15 @@ def test_commands_run_and_print_what_is_shown(commands, shown, clone):
         assert re.search(f"^{pattern(line)}$", printed, re.MULTILINE), f"not printed: {line}\n{printed}"
 
 
+def test_the_transcript_is_that_of_the_first_seed_in_the_table():
+    seed = json.loads((ROOT / "runs/reference/LunarLander-v3/seed1.json").read_text())
+    kept = (
+        "kept: the agent of iteration {best_iteration}, validation {validation[best]:.2f}; last {validation[last]:.2f}"
+    )
+    score = "{env_id}: mean_reward {mean_reward:.2f} +/- {std_reward:.2f} over {episodes}"
+    assert {kept.format(**seed), score.format(**seed)} <= set(README.splitlines())
+
+
 @pytest.mark.slow
 def test_two_machines_train_one_run(clone, tmp_path):
     """Two folders of this machine stand for them; the second ends without a word and leaves nothing."""

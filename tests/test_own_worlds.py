@@ -185,6 +185,24 @@ def test_any_number_of_threads_that_openmp_knows_is_taken(threads, monkeypatch):
     assert ppo.choose_device(ppo.Args(), []).type == "cpu"
 
 
+@pytest.mark.parametrize("num_envs, cores, mates, threads", [
+    (4, 4, 1, 1), (256, 4, 1, 2), (512, 4, 1, 3), (4096, 4, 1, 4), (4096, 4, 2, 2), (4096, 1, 2, 1),
+])  # fmt: skip
+def test_a_small_network_takes_another_thread_for_each_1024_rows_of_a_minibatch(
+    num_envs, cores, mates, threads, monkeypatch
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(mates))
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    taken = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    ppo.choose_device(ppo.Args(num_envs=num_envs, num_steps=32, num_minibatches=8), [])
+    assert taken == [threads]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    ppo.choose_device(ppo.Args(num_envs=num_envs, num_steps=32, num_minibatches=8), [])
+    assert taken == [threads]
+
+
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 @pytest.mark.parametrize("world, note", [(NoLevel, "level.txt"), (Broken, "boom")])
 def test_an_error_in_reset_names_the_environment(world, note, vectorization, main, register):

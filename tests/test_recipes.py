@@ -76,6 +76,7 @@ def test_every_program_on_the_page_has_a_test():
         "Start with another agent": ["bash"],
         "A world from elsewhere": ["py", "bash"],
         "EnvPool": ["py", "bash"],
+        "PettingZoo": ["py", "bash"],
         "Weights & Biases": ["py", "bash"],
         "A window": ["py"],
         "ONNX": ["py", "py"],
@@ -237,6 +238,25 @@ def test_a_pool_obeys_its_seed_and_is_not_what_scores(pool, tmp_path):
     scores_elsewhere = [key for key, kind in kinds.items() if kind == "SyncVectorEnv"]
     assert scores_elsewhere == [("LunarLander-v3", False), ("HalfCheetah-v5", False)]
     assert {kind for key, kind in kinds.items() if key not in scores_elsewhere} == {"Pool"}
+
+
+def test_a_team_trains_and_is_scored_each_agent_in_its_place(tmp_path):
+    pytest.importorskip("pettingzoo.sisl.pursuit_v5")
+    save("PettingZoo", tmp_path)
+    execute(printed("PettingZoo")[0], tmp_path)
+    ((_, *flags),) = commands("PettingZoo")
+    done = command(*flags, *QUICK, "--num-steps", "64", "--run-name", "team", "--eval-episodes", "9")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(Path("runs/team/results.json").read_text())
+    assert len(results["episode_returns"]) == 9 and "cut" not in results["episodes"]
+    assert set(results["episode_lengths"]) == {500}
+    worlds = ppo.Worlds(ppo.Args(env_id="Pursuit-v0", num_envs=11), ppo.seeds(1, n=11))
+    assert worlds.obs.shape == (11, 147) and len(worlds.envs.unwrapped.worlds) == 2
+    for t in range(502):
+        before, still = worlds.obs.copy(), torch.full((11,), 4)
+        rewards, terminated, done = worlds.step(still)
+        assert done.all() == (t == 499) == done.any() and not terminated.any()
+    assert not worlds.done.any() and not np.array_equal(before, worlds.obs)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@
 
 Every run is a process of its own, and those to be compared take turns, so that a busy machine slows all of them; cells
 are medians over the repeats; in brackets, how many times faster ppo.py is, eager. Commands stand below the tables; all
-run with OMP_NUM_THREADS=1, but for images. What is timed:
+run with OMP_NUM_THREADS=1, but for images and for one process that grows. What is timed:
 - ppo.py: global_step / training_seconds of its results.json: without start-up and evaluation, with compilation.
 - EnvPool: by pool.py, as it stands in recipes.md.
 - SB3: Stable-Baselines3 at the same hyperparameters, `learn` alone; it has no EnvPool.
@@ -96,7 +96,7 @@ BRIEF = "--validation-episodes 0 --eval-episodes 1"
 commands = {}  # all that was run, in order
 
 
-def measure(*command, images=False, environment=()):
+def measure(*command, threads=1, environment=()):
     """Run a command: its wall seconds, peak memory in MB, standard output and folder; None if it fails."""
     folder = Path(tempfile.mkdtemp())
     words = [str(word) for part in command for word in (shlex.split(part) if isinstance(part, str) else [part])]
@@ -104,7 +104,11 @@ def measure(*command, images=False, environment=()):
         recipes = (ROOT / "runs/reference/recipes.md").read_text()
         (folder / "pool.py").write_text(re.search(r"^```py\n(# pool\.py\n.*?)^```$", recipes, re.M | re.S)[1])
     commands[shlex.join([Path(words[0]).name, *words[1:]])] = None
-    env = {**os.environ, "WANDB_MODE": "offline"} | ({} if images else {"OMP_NUM_THREADS": "1"}) | dict(environment)
+    env = (
+        {**os.environ, "WANDB_MODE": "offline"}
+        | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+        | dict(environment)
+    )
     started = time.perf_counter()
     with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
         child = subprocess.Popen(words, cwd=folder, env=env, stdout=out, stderr=err)
@@ -117,11 +121,11 @@ def measure(*command, images=False, environment=()):
     return seconds, usage.ru_maxrss / 1024, (folder / "out").read_text(), folder
 
 
-def run_ppo(flags, steps, ranks=1, extra=""):
+def run_ppo(flags, steps, ranks=1, extra="", free=False):
     """Steps/s, seconds per row of the batches, and MB of one run of ppo.py."""
     start = ["-m torch.distributed.run --nproc-per-node", ranks] if ranks > 1 else []
     done = measure(sys.executable, *start, ROOT / "ppo.py", f"{flags} {extra} {BRIEF} --total-timesteps {steps}",
-                   images="ALE" in flags)  # fmt: skip
+                   threads=None if free or "ALE" in flags else 1)  # fmt: skip
     if done is None:
         return None
     results = json.loads(next(done[3].glob("runs/*/results.json")).read_text())
@@ -132,7 +136,9 @@ def run_ppo(flags, steps, ranks=1, extra=""):
 
 def run_worker(name, flags):
     """What a worker (see below) prints, and its MB."""
-    done = measure(sys.executable, Path(__file__).resolve(), f"--worker {name} {flags}", images="ALE" in flags)
+    done = measure(
+        sys.executable, Path(__file__).resolve(), f"--worker {name} {flags}", threads=None if "ALE" in flags else 1
+    )
     return done and (*json.loads(done[2].splitlines()[-1]), done[1])
 
 
@@ -374,7 +380,10 @@ def cold_rows(options):
 
 def growth_rows(options):
     chosen = GROWTH[1:4:2] if options.short else GROWTH
-    programs = {name: partial(run_ppo, flags, options.steps or steps, ranks) for name, flags, ranks, steps in chosen}
+    programs = {
+        name: partial(run_ppo, flags, options.steps or steps, ranks, free=ranks == 1)
+        for name, flags, ranks, steps in chosen
+    }
     got = alternate(options.repeats or 1, programs)
     return [[name, *(f"{run[i]:,.0f}" for i in (0, 2))] if run else [name, "-", "-"] for name, run in got.items()]
 

@@ -4,7 +4,6 @@
     python tests/reference.py --envs CartPole-v1 LunarLander-v3     # these rows only
     python tests/reference.py --summary-only                        # train nothing, redo tables and figures
     python tests/reference.py --curves                              # only curves.png, from what is committed
-    python tests/reference.py --frames runs/<run>                   # only frames.png, from that run's replay.mp4
     python tests/reference.py --moving runs/<run> runs/<another>    # only moving.gif: their films side by side
     python tests/reference.py --clip                                # only clip.png: the clipped objective
     python tests/reference.py --learned runs/<run>                  # only learned.png: its frames, and its curve beside
@@ -140,7 +139,7 @@ ROWS = [
 
 
 def main(envs: tuple[str, ...] = (), seeds: int | None = None, jobs: int = 2, first_seed: int = 1,
-         summary_only: bool = False, curves: bool = False, frames: tuple[Path, ...] = (),
+         summary_only: bool = False, curves: bool = False,
          learned: Path | None = None, moving: tuple[Path, ...] = (), clip: bool = False) -> int:  # fmt: skip
     """Run what is missing of the results, then write tables and figures.
 
@@ -151,22 +150,19 @@ def main(envs: tuple[str, ...] = (), seeds: int | None = None, jobs: int = 2, fi
         first_seed: the first of the seeds
         summary_only: run nothing
         curves: draw curves.png and do nothing else
-        frames: films, or folders of runs that have one: make frames.png of them and do nothing else
         learned: the folder of a run that has a film: make learned.png of it and do nothing else
         moving: films, or folders of runs that have one: make moving.gif of them and do nothing else
         clip: draw clip.png and do nothing else"""
     if curves:
         summary = json.loads((REFERENCE / "summary.json").read_text())
         write_file(REFERENCE / "curves.png", png(small_multiples(summary), 150))
-    if frames:
-        write_file(REFERENCE / "frames.png", strip([path / "replay.mp4" if path.is_dir() else path for path in frames]))
     if learned:
         write_file(REFERENCE / "learned.png", picture(learned))
     if moving:
         write_file(REFERENCE / "moving.gif", gif([path / "replay.mp4" if path.is_dir() else path for path in moving]))
     if clip:
         write_file(REFERENCE / "clip.png", png(clipped_objective(), 130))
-    if curves or frames or learned or moving or clip:
+    if curves or learned or moving or clip:
         return 0
     if unknown := set(envs) - {row.env_id for row in ROWS}:
         sys.exit(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(row.env_id for row in ROWS)}")

@@ -1,16 +1,22 @@
 """Third-party worlds that want a few lines: each function makes one, and is registered at the end."""
 
+import cv2
 import gymnasium as gym
-from gymnasium.wrappers import GrayscaleObservation, ResizeObservation, TransformObservation
+import numpy as np
+from gymnasium.spaces import Box, Dict
+from gymnasium.wrappers import TransformObservation
 
 
 def health_gathering(**kwargs):
-    """Four tics a step, the screen alone, small and grey: the game of the course's unit 8."""
+    """Four tics a step, the screen small and grey, and health, 0 to 1: the game of the course's unit 8."""
     import vizdoom.gymnasium_wrapper  # noqa: F401
 
+    def see(obs):
+        grey = cv2.cvtColor(obs["screen"], cv2.COLOR_RGB2GRAY)
+        return {"screen": cv2.resize(grey, (80, 60), interpolation=cv2.INTER_AREA), "health": obs["gamevariables"] / 100}
+
     env = gym.make("VizdoomHealthGathering-v1", frame_skip=4, **kwargs)
-    env = TransformObservation(env, lambda obs: obs["screen"], env.observation_space["screen"])
-    return GrayscaleObservation(ResizeObservation(env, (60, 80)))
+    return TransformObservation(env, see, Dict(screen=Box(0, 255, (60, 80), np.uint8), health=Box(0, 2, (1,))))
 
 
 def scalar(env_id, **kwargs):

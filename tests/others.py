@@ -63,7 +63,7 @@ class World(NamedTuple):
 
 FACTORY = "a factory of {} lines, tests/factories.py"
 WORLDS = [
-    World("factories:HealthGathering-v0", "vizdoom", 200_000, "--frame-stack 4", FACTORY.format(5), episodes=30),
+    World("factories:HealthGathering-v0", "vizdoom", 200_000, "--frame-stack 4", FACTORY.format(7), episodes=30),
     World("minigrid:MiniGrid-DoorKey-5x5-v0", "minigrid", 100_000),
     World("minigrid:MiniGrid-LavaGapS5-v0", "minigrid", 100_000),
     World("minigrid:MiniGrid-Empty-8x8-v0", "minigrid", 100_000),

@@ -35,7 +35,7 @@ An episode's end in a rollout. Gymnasium spends a step on the reset: row 2 is a 
     valid[t]        yes   yes   no    yes   yes    whether row t is a transition
 
 [core 7] is the seventh core detail of "The 37 Implementation Details of PPO" (Huang et al. 2022).
-runs/reference/details.md lists where this page departs from the paper and from other scripts.
+runs/reference/details.md: where this page departs from the paper and other scripts.
 """
 
 import ast
@@ -66,7 +66,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from unittest import mock
 
 if sys.version_info[1] < 11:
-    sys.exit("error: Python 3.11 to 3.13, please")
+    sys.exit("error: Python 3.11 to 3.13 only")
 
 import gymnasium as gym
 import huggingface_hub as hub
@@ -236,7 +236,7 @@ class Agent(nn.Module, hub.PyTorchModelHubMixin):
         features, units = self.trunk.features, args.lstm_hidden_size
         self.memory = Memory(features, units) if units else None
         features = units or features
-        self.actor = mlp([features, *args.hidden_sizes, self.outputs], args.activation, gain=0.01)  # near uniform, or 0
+        self.actor = mlp([features, *args.hidden_sizes, self.outputs], args.activation, gain=0.01)  # near uniform
         self.critic = mlp([features, *args.hidden_sizes, 1], args.activation, gain=1.0)
         if not self.nvec:
             self.logstd = nn.Parameter(torch.full((self.outputs,), float(args.logstd_init)))
@@ -305,7 +305,7 @@ def mlp(sizes: list[int], activation: str, gain: float) -> nn.Sequential:
 class Layers(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self:
-            x = layer.forward(x)  # layer(x) looks for hooks first
+            x = layer.forward(x)  # without hooks: faster
         return x
 
 
@@ -318,7 +318,12 @@ def layer_init(layer, gain: float = math.sqrt(2)):
 
 # ---- The mathematics of PPO: tensors in, tensors out -------------------------
 def compute_gae(
-    rewards: Tensor, values: Tensor, terminated: Tensor, done: Tensor, gamma: float, gae_lambda: float
+    rewards: Tensor,
+    values: Tensor,
+    terminated: Tensor,
+    done: Tensor,
+    gamma: float,
+    gae_lambda: float,
 ) -> Tensor:
     """Generalised advantage estimation [core 5], GAE Eq. 16, [T, N], from values [T+1, N].
     After a termination no value is to come, after a truncation that of the last observation."""
@@ -347,18 +352,13 @@ def value_loss(new: Tensor, old: Tensor, returns: Tensor, epsilon: float | None)
     return 0.5 * error.mean()
 
 
-def approx_kl(logratio: Tensor) -> Tensor:
-    """KL(pi_old || pi): k3 of joschu.net/blog/kl-approx."""
-    return (logratio.exp() - 1 - logratio).mean()
-
-
 def policy_change(logratio: Tensor, epsilon: float) -> dict[str, Tensor]:
-    """How far pi has left pi_old [core 12]: KL, estimated twice, and how often ratios are clipped."""
-    outside = (logratio.exp() - 1).abs() > epsilon
+    """How far pi has left pi_old [core 12]: KL(pi_old || pi), twice, and how often ratios are clipped."""
+    ratio = logratio.exp()
     return {
         "old_approx_kl": -logratio.mean(),
-        "approx_kl": approx_kl(logratio),
-        "clipfrac": outside.float().mean(),
+        "approx_kl": (ratio - 1 - logratio).mean(),  # k3 of joschu.net/blog/kl-approx
+        "clipfrac": ((ratio - 1).abs() > epsilon).float().mean(),
     }
 
 
@@ -919,7 +919,7 @@ def make_envs(args: Args, seeds: list[int], training: bool, render: str) -> tupl
             else:
                 envs = SyncVectorEnv(makers, copy=False)
     except (ImportError, gym.error.Error, TypeError, ValueError, AssertionError, LookupError) as error:
-        ids = "LunarLander-v3, ALE/Pong-v5 (not PongNoFrameskip-v4) or my_module:MyEnv-v0 (of the old gym: by shimmy)"
+        ids = "LunarLander-v3, ALE/Pong-v5 (not PongNoFrameskip-v4) or my_module:MyEnv-v0 (old gym: by shimmy)"
         hint = f"ids are like {ids}, options like --env-kwargs size 3"
         hint = f"pip install {name}" if (name := getattr(error, "name", None)) else hint
         raise Stop(f"cannot make {args.env_id} with options {args.env_kwargs}: {brief(error)}; {hint}") from None
@@ -1144,7 +1144,7 @@ def record_video(agent: Agent, args: Args, path: Path) -> None:
 # ---- The run's folder: settings, checkpoints, logs ---------------------------
 @dataclass
 class State:
-    """A run as it stands, all that a checkpoint keeps; randomness follows from seed and iteration."""
+    """All that a checkpoint keeps; randomness follows from seed and iteration."""
 
     args: Args
     agent: Agent
@@ -1190,10 +1190,10 @@ class State:
                 self.agent.load_state_dict(saved.pop("agent"))
                 self.optimizer.load_state_dict(saved.pop("optimizer"))
             except Exception as error:
-                warn(f"{path} is unusable ({brief(error)}); trying the one before it")
+                warn(f"{path} is unusable ({brief(error)}); taking an older")
                 continue
             return vars(self).update(saved)
-        raise Stop(f"{self.args.run} has no usable checkpoint: start the run again")
+        raise Stop(f"{self.args.run} has no usable checkpoint: start anew")
 
 
 def legs(state: State) -> Iterator[range]:
@@ -1259,7 +1259,7 @@ def open_run(args: Args) -> State:
     return state
 
 
-class Silence:  # of other ranks
+class Silence:  # other ranks
     add = write = flush = staticmethod(lambda *args: None)
 
 
@@ -1269,8 +1269,8 @@ class Log:
     def __init__(self, state: State):
         self.state, args, run = state, state.args, state.args.run
         self.metrics: list[Tensor] = []
-        self.waiting: list[tuple] = []  # episodes to be logged
-        self.recent: list[float] = []  # the last hundred returns
+        self.waiting: list[tuple] = []
+        self.recent: list[float] = []
         sys.modules.setdefault("tensorboard.compat.notf", sys)  # imports no TensorFlow
         from torch.utils.tensorboard import SummaryWriter
 
@@ -1283,7 +1283,7 @@ class Log:
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         self.names = list(metrics)
-        self.metrics.append(torch.stack(list(metrics.values())))  # a copy: a graph overwrites it
+        self.metrics.append(torch.stack(list(metrics.values())))  # a graph overwrites it
 
     def write(self, iteration: int, rollout: Rollout, worlds: Worlds, batch: Batch) -> None:
         """One iteration: means over its episodes and its minibatches."""
@@ -1356,7 +1356,7 @@ def draw_curve(args: Args, curve: list[tuple], mean: float) -> None:
         from matplotlib.ticker import EngFormatter
 
         axes = (figure := Figure((6, 3), layout="constrained")).subplots()
-        axes.plot(*rows.T[:2], ".-", markersize=1, label="training")
+        axes.plot(*rows.T[:2], ".-", markersize=3, label="training")
         axes.plot(args.total_timesteps, mean, "o", clip_on=False, label=f"score {mean:.1f}")
         axes.set(title=args.env_id, xlabel="steps", ylabel="episodic return", xlim=(0, args.total_timesteps))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -1386,9 +1386,9 @@ OLD = ["replay.mp4", "*tfevents*"]  # a push deletes those of the one before
 def one_line(what: str, remedy: str, code: int = 2):  # code 0: a warning
     try:
         yield
-    except Stop:
-        raise
     except Exception as error:
+        if code and isinstance(error, Stop):
+            raise
         message = f"{what} failed: {brief(error)}. {remedy}"
         if code:
             raise Stop(message, code) from None
@@ -1400,6 +1400,8 @@ def find_policy(name: str, env_id: str = "") -> tuple[str, Path, Json]:
     folder = Path(name).expanduser()
     with one_line(f"loading {name}", "If another ppo.py made it, use the one beside it"):
         if stranger := not folder.is_dir():
+            if name.startswith("runs/"):
+                raise Stop(f"there is no folder {name}")
             repo_id, _, commit = name.partition("@")
             for file in POLICY:
                 found = hub.get_hf_file_metadata(hub.hf_hub_url(repo_id, file, revision=commit or None))
@@ -1476,7 +1478,6 @@ model-index:
     dataset: {{type: "{env_id}", name: "{env_id}"}}
     metrics: [{{type: mean_reward, name: mean_reward, value: {score}}}]
 ---
-
 # PPO agent playing {env_id}
 
 Mean return **{score}** over {r["episodes"]}, after {r["global_step"]:,} steps in
@@ -1489,7 +1490,6 @@ hf download {repo_id} {SCRIPT} --local-dir .
 uv run {SCRIPT} --evaluate {repo_id}{named} --capture-video  # play it
 {r["command"]}  # train it again
 ```
-
 ```python
 from {Path(SCRIPT).stem} import Agent
 
@@ -1525,11 +1525,12 @@ def check_training(args: Args) -> None:
     check_ranges(args)
     N, k = args.num_envs, args.num_minibatches
     units, mine = ("environments", N // RANKS) if args.lstm_hidden_size else ("rows", args.batch_size // RANKS)
+    fits = next(n for n in range(k, 0, -1) if mine % n == 0)
     needed = args.batch_size * (1 + (args.norm_obs or args.norm_reward))
     taken = [*args.run.glob("checkpoint-*.pt"), *args.run.glob("results.json")]
     wrong = {
         f"--num-envs {N} is no multiple of the {RANKS} ranks": N % RANKS,
-        f"--num-minibatches {k} must divide a rollout's {mine} {units}, as {math.gcd(mine, k)} does": mine % k,
+        f"--num-minibatches {k} must divide a rollout's {mine} {units}, as {fits} does": mine % k,
         "--norm-adv needs minibatches of at least 2 rows": args.norm_adv and args.batch_size == k * RANKS,
         f"--total-timesteps must be at least {needed}, or lower --num-steps": args.total_timesteps < needed,
         "--norm-reward and --clip-reward exclude each other": args.norm_reward and args.clip_reward,
@@ -1555,7 +1556,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-HOME = re.compile(rf"(?<!\w){re.escape(os.path.expanduser('~'))}/")  # is private
+HOME = re.compile(rf"(?<!\w){re.escape(os.path.expanduser('~'))}/")
 print_once = cache(partial(print, flush=True))
 
 # Tuned on seeds above 100, never reported
@@ -1612,9 +1613,9 @@ MODES = ("init_from", "evaluate", "resume")
 FREE = ("device", "repo_id", "capture_video")
 # What flags of CleanRL and SB3's zoo are here
 OURS = dict(
-    cuda="--device", torch_deterministic="always so", save_model="always so", upload_model="--repo-id",
-    hf_entity="--repo-id", track="see recipes.md", algo="PPO", env="--env-id", n_timesteps="--total-timesteps",
-    exp_name="--run-name", vec_env="--vectorization", trained_agent="--init-from",
+    cuda="--device", torch_deterministic="always", save_model="always", upload_model="--repo-id",
+    hf_entity="--repo-id", track="see runs/reference/recipes.md", algo="not needed", env="--env-id",
+    n_timesteps="--total-timesteps", exp_name="--run-name", vec_env="--vectorization", trained_agent="--init-from",
 )  # fmt: skip
 
 
@@ -1675,8 +1676,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def on_signal(signum: int, frame) -> None:
     """The first Ctrl-C or SIGTERM stops cleanly, the second at once."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.SIG_DFL)
+    sys.unraisablehook = str  # half-made workers
     raise KeyboardInterrupt(signum)
 
 

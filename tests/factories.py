@@ -13,7 +13,7 @@ def health_gathering(**kwargs):
 
     def see(obs):
         grey = cv2.cvtColor(obs["screen"], cv2.COLOR_RGB2GRAY)
-        return {"screen": cv2.resize(grey, (80, 60), interpolation=cv2.INTER_AREA), "health": obs["gamevariables"] / 100}
+        return {"screen": cv2.resize(grey, (80, 60), interpolation=3), "health": obs["gamevariables"] / 100}
 
     env = gym.make("VizdoomHealthGathering-v1", frame_skip=4, **kwargs)
     return TransformObservation(env, see, Dict(screen=Box(0, 255, (60, 80), np.uint8), health=Box(0, 2, (1,))))

@@ -1,13 +1,12 @@
 """A paper's figure in one command: train a grid of environments, variants and seeds, then draw and tabulate it.
 
     python tests/grid.py --env-ids CartPole-v1 --seeds 5 --vary learning-rate 1e-3 3e-4
-    python tests/grid.py --env-ids CartPole-v1 Acrobot-v1 --variants "" "--norm-obs" "--gae-lambda 0.9 --ent-coef 0"
+    python tests/grid.py --env-ids CartPole-v1 Acrobot-v1 --variants "" norm-obs "gae-lambda 0.9 --ent-coef 0"
     python tests/grid.py --draw here="runs/CartPole*" CleanRL="../cleanrl/runs/CartPole*"     # runs that are there
 
-Runs take all cores, a thread each; interrupt them at any time, the same command goes on where it was. For each
-environment the folder --name gets a picture: the interquartile mean of the training returns over seeds and its 95%
-bootstrap interval (Agarwal et al. 2021), a line a variant; table.md and table.csv are of the scores at the end. Runs
-of other programs are read from their TensorBoard logs (charts/episodic_return); they have no scores.
+Runs take all cores, a thread each; interrupt them at any time, the same command goes on. Each environment has a picture
+in the folder --name: the interquartile mean of training returns over seeds, its 95% bootstrap interval (Agarwal et al.
+2021). table.md and table.csv have the scores. Of other programs' runs, charts/episodic_return of their logs is drawn.
 """
 
 import json
@@ -34,8 +33,8 @@ def main(env_ids: tuple[str, ...] = ("CartPole-v1",), seeds: int = 3, vary: tupl
         env_ids: environments, a picture each
         seeds: of each variant, from 1
         vary: a flag and its values, a variant each
-        variants: or flags of each variant, in quotes
-        flags: of all variants
+        variants: or flags of each variant, without the first dashes, in quotes
+        flags: of all variants, likewise
         jobs: runs at a time
         name: folder of the pictures and tables
         draw: train nothing, draw these runs: label=pattern of folders"""
@@ -44,7 +43,9 @@ def main(env_ids: tuple[str, ...] = ("CartPole-v1",), seeds: int = 3, vary: tupl
         found = {label: glob(pattern) for label, pattern in (words.split("=", 1) for words in draw)}
         groups, code = {"runs": {label: [Path(run) for run in runs] for label, runs in found.items()}}, 0
     else:
-        lines = [f"--{vary[0].lstrip('-')} {value}" for value in vary[1:]] or list(variants) or [""]
+        if len(vary) == 1:
+            sys.exit(f"--vary {vary[0]} takes values, too")
+        lines = [f"{vary[0].lstrip('-')} {value}" for value in vary[1:]] or variants or [""]
         numbers = range(1, seeds + 1)
         groups = {e: {v or "preset": [folder(name, e, v, s) for s in numbers] for v in lines} for e in env_ids}
         grid = [(name, e, v, s, flags) for s in numbers for e in env_ids for v in lines]
@@ -62,7 +63,8 @@ def folder(name: Path, env_id: str, variant: str, seed: int) -> Path:
 
 
 def start(name, env_id, variant, seed, flags):
-    words = ["--env-id", env_id, "--seed", str(seed), *shlex.split(flags), *shlex.split(variant)]
+    more = " ".join(f"--{words.lstrip('-')}" for words in (flags, variant) if words)
+    words = ["--env-id", env_id, "--seed", str(seed), *shlex.split(more)]
     return begin_or_resume(folder(name, env_id, variant, seed), words)
 
 

@@ -339,8 +339,8 @@ def test_what_other_flags_are_here_exists():
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--num-minibatches", 9], "--num-minibatches 9 must divide a rollout's 120 rows, as 3 does"),
-    (["--num-minibatches", 4, "--lstm-hidden-size", 8], "4 must divide a rollout's 6 environments, as 2 does"),
+    (["--num-minibatches", 9], "--num-minibatches 9 must divide a rollout's 120 rows, as 8 does"),
+    (["--num-minibatches", 4, "--lstm-hidden-size", 8], "4 must divide a rollout's 6 environments, as 3 does"),
 ])  # fmt: skip
 def test_minibatches_that_do_not_divide_what_they_share_are_told_a_number_that_does(flags, words, refused):
     assert words in refused("--num-envs", 6, "--num-steps", 20, "--total-timesteps", 1000, *flags)

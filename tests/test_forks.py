@@ -431,7 +431,8 @@ def test_its_gradient_is_that_of_equation_8(fork):
 @pytest.mark.parametrize("kl, factor", [(1 / 1.51, 0.5), (1 / 1.49, 1), (1.49, 1), (1.51, 2)])
 def test_beta_is_halved_below_its_band_and_doubled_above(kl, factor, flags, fork, monkeypatch):
     d_targ = flags.get("target_kl", 0.01)
-    monkeypatch.setattr(fork, "approx_kl", lambda logratio: torch.tensor(kl * d_targ))
+    change = {name: torch.tensor(kl * d_targ) for name in ("old_approx_kl", "approx_kl", "clipfrac")}
+    monkeypatch.setattr(fork, "policy_change", lambda logratio, epsilon: change)
     args = fork.Args(total_timesteps=192, num_envs=2, num_steps=32, validation_episodes=0, run_name="it", **flags)
     assert fork.train(args).agent.beta.item() == factor**3
 

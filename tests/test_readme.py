@@ -222,6 +222,15 @@ def test_the_agent_acts_in_python(clone):
     assert subprocess.run([sys.executable, "-c", code], cwd=folder, env=env).returncode == 0
 
 
+def test_the_world_that_is_shown_is_kept_without_a_film_which_it_has_none_of(clone):
+    folder, env = clone
+    (command,) = (line for block in COMMANDS for line in block if "my_module:MyEnv-v0 --total" in line)
+    flags = f"{BRIEFLY} --capture-video --run-name marble"
+    output = printed_by(f"{command} {flags}", folder, env)
+    assert re.search("^warning: the video failed: .*MyEnv-v0", output, re.MULTILINE)
+    assert (folder / "runs/marble/results.json").exists() and not (folder / "runs/marble/replay.mp4").exists()
+
+
 # What is named
 
 
@@ -284,6 +293,7 @@ def test_other_names_of_functions_and_flags_exist_too():
     others |= {"--cuda", "--torch-deterministic", "--save-model", "--upload-model", "--hf-entity"}  # CleanRL's
     others |= {"--exp-name", "--track", "--private"}  # CleanRL's; of `hf repos create`
     others |= {"--algo", "--env", "--trained-agent", "--vec-env"}  # of Stable-Baselines3's zoo
+    others |= {"--n-timesteps", "--tensorboard-log"}
     theirs = {"action_mask", "max_episode_steps", "entry_point"}  # a key; of Gymnasium
     assert missing == others | theirs | {"checkpoint_every"}  # a field of Args
 

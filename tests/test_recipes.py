@@ -73,6 +73,7 @@ def test_every_program_on_the_page_has_a_test():
         "A notebook": [],
         "Two runs in one program": ["py"],
         "Tune with Optuna": ["py"],
+        "A paper's figure": ["bash"],
         "Start with another agent": ["bash"],
         "A world from elsewhere": ["py", "bash"],
         "EnvPool": ["py", "bash"],

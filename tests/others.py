@@ -69,7 +69,6 @@ WORLDS = [
     World("minigrid:MiniGrid-Empty-8x8-v0", "minigrid", 100_000),
     World("flappy_bird_gymnasium:FlappyBird-v0", "flappy-bird-gymnasium", 200_000),
     World("highway_env:highway-fast-v0", "highway-env", 20_000, episodes=20),
-    World("highway_env:merge-v0", "highway-env", 20_000, episodes=20),
     World("gym_pusht:gym_pusht/PushT-v0", "gym-pusht", 100_000),
     World("panda_gym:PandaReachDense-v3", "panda-gym", 100_000),
     World("panda_gym:PandaReach-v3", "panda-gym", 100_000),
@@ -231,10 +230,13 @@ def page() -> str:
 HEAD = """# Worlds as they come
 
 Worlds of published packages that nobody here wrote. One command each, no setting tuned: `ppo.py` takes a general
-preset. Beside it a random policy, and Stable-Baselines3's PPO with its defaults at equal steps. One seed each, so
-differences of a few percent mean nothing. A score is the mean return of 100 greedy episodes (20 or 30 where episodes
-are slow). Minutes are of training, on one core beside another run. Made by `python tests/others.py` (with
-`PYTHONPATH=tests` where the world is in tests/factories.py), which also makes the environments of packages.
+preset. Beside it a random policy, and Stable-Baselines3's PPO with its defaults at equal steps; what that cannot take
+is left out (texts) or shown to it as rows of numbers (tuples, images too small for its CNN). One seed each, so small
+differences mean nothing, and large ones little where one lucky find decides: FrozenLake8x8 reached 0.77, 0.74 and 0.66
+with seeds 101 to 103, and FlappyBird's kept agent 65.8 in ten episodes with seed 101. A score is the mean return of 100
+greedy episodes (20 or 30 where they are slow). Minutes are of training, on one core beside another run. Made by
+`python tests/others.py` (with `PYTHONPATH=tests` where the world is in tests/factories.py), which also makes the
+environments of packages.
 
 | package | command | random | ppo.py | SB3 | minutes | what had to be done |
 |:--|:--|--:|--:|--:|--:|:--|

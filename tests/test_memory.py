@@ -434,7 +434,7 @@ def test_it_is_played_again_from_its_files(main):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--num-envs", 6, "--num-minibatches", 4], "4 must divide a rollout's 6 environments, as 2 does"),
+        (["--num-envs", 6, "--num-minibatches", 4], "4 must divide a rollout's 6 environments, as 3 does"),
         (["--compile"], "--compile cannot take an LSTM"), (["--lstm-hidden-size", -1], "must be 0 or more"),
     ],
 )  # fmt: skip

@@ -1095,7 +1095,7 @@ def evaluate(agent: Agent, args: Args, episodes: int, stream: int = EVALUATION, 
     limit = min(27_000 if times == 1 else 5_000, max(fair, step_limit(args), 1_000))
     steps: Any = play(agent, args, episodes, stream, limit)
     if times == 1:
-        steps = tqdm(steps, "scoring", unit=" steps", leave=False, disable=None)  # without a terminal
+        steps = tqdm(steps, "scoring", unit=" steps", leave=False, disable=None)  # without terminal
     return np.concatenate([(worlds.returned, worlds.length, ~worlds.ended) for worlds in dict.fromkeys(steps)], 1)
 
 
@@ -1190,7 +1190,7 @@ class State:
                 self.agent.load_state_dict(saved.pop("agent"))
                 self.optimizer.load_state_dict(saved.pop("optimizer"))
             except Exception as error:
-                warn(f"{path} is unusable ({brief(error)}); taking an older")
+                warn(f"{path} is unusable ({brief(error)}); taking an older one")
                 continue
             return vars(self).update(saved)
         raise Stop(f"{self.args.run} has no usable checkpoint: start anew")

@@ -198,9 +198,9 @@ def sb3(world: World) -> tuple[list[float], float]:
         if isinstance(env.observation_space, spaces.Dict):
             taken = [k for k, s in env.observation_space.items() if isinstance(s, (spaces.Box, spaces.Discrete))]
             env = ppo.gym.wrappers.FilterObservation(env, taken)
-            if any(len(s.shape) == 3 and min(s.shape[:2]) < 36 for s in env.observation_space.values()):
-                env = ppo.gym.wrappers.FlattenObservation(env)
-        if isinstance(env.observation_space, spaces.Tuple):
+        parts = env.observation_space.values() if isinstance(env.observation_space, spaces.Dict) else ()
+        small = any(len(s.shape) == 3 and min(s.shape[:2]) < 36 for s in parts)
+        if small or isinstance(env.observation_space, spaces.Tuple):
             env = ppo.gym.wrappers.FlattenObservation(env)
         return Monitor(env)
 

@@ -513,7 +513,7 @@ def train(args: Args) -> "State":
     log = state.log = Log(state) if RANK == 0 else Silence()
 
     for leg in legs(state):
-        # Environments can't be saved: here every run makes new ones, and seeds all that is random, so a resumed one
+        # Environments can't be saved: every run makes new ones, and seeds all that is random, so a resumed one
         # repeats the uninterrupted one. Episodes under way are cut: bootstrapped, not logged.
         env_seeds = seeds(args.seed, TRAINING, RANK, leg.start, n=N)
         worlds = Worlds(args, env_seeds, leg.start * T)
@@ -816,9 +816,9 @@ def seeds(seed: int, *stream: int, n: int = 1) -> list[int]:
 class Worlds:
     """An environment for each seed, what they show, what their episodes need."""
 
-    def __init__(self, args: Args, seeds: list[int], t: int = 0, training: bool = True, render: str = ""):
+    def __init__(self, args: Args, seeds: list[int], t: int = 0, vector: bool = True, render: str = ""):
         self.args, self.t, n = args, t, len(seeds)  # t: steps so far
-        self.envs, reset_seed = make_envs(args, seeds, training, render)
+        self.envs, reset_seed = make_envs(args, seeds, vector, render)
         self.parts = describe(space := self.envs.single_observation_space)
         if not sum(part["width"] for part in self.parts):
             raise Stop(f"observations are {space}, not Box, Discrete, MultiDiscrete, MultiBinary, Dict or Tuple")
@@ -889,7 +889,7 @@ def read_masks(worlds: Worlds, obs: Any) -> np.ndarray:
     return masks.astype(bool)
 
 
-def make_envs(args: Args, seeds: list[int], training: bool, render: str) -> tuple[Any, Any]:
+def make_envs(args: Args, seeds: list[int], vector: bool, render: str) -> tuple[Any, Any]:
     """The vector environment, and the seeds for its reset."""
     env_id, n, mode = args.plain_id, len(seeds), args.vectorization
     reset_seed: Any = seeds
@@ -897,7 +897,7 @@ def make_envs(args: Args, seeds: list[int], training: bool, render: str) -> tupl
     try:
         register(args.env_id)
         spec: Any = gym.registry.get(env_id)
-        native = spec and spec.vector_entry_point and (training or not spec.entry_point)
+        native = spec and spec.vector_entry_point and (vector or not spec.entry_point)
         atari = env_id.startswith("ALE/")
         if mode == "auto" and (atari or (native and args.frame_stack == 1)):
             if atari:  # frames as usual [Atari 1, 2, 4, 5, 7]; only what is learned is clipped
@@ -910,7 +910,7 @@ def make_envs(args: Args, seeds: list[int], training: bool, render: str) -> tupl
             if "ale_py" in str(spec.entry_point):
                 print_once(f"{env_id} shows raw frames; ALE/..., by --vectorization auto, not")
             makers = [partial(make_env, spec, options, args.frame_stack, i, seed) for i, seed in enumerate(seeds)]
-            if mode == "async" and training:
+            if mode == "async" and vector:
                 start = "forkserver" if sys.platform == "linux" else None  # OpenGL survives no fork
                 multiprocessing.set_forkserver_preload("gymnasium huggingface_hub torch.optim.adam tyro".split())
                 with mock.patch.dict(os.environ, PYTHONSAFEPATH="1"):  # the working directory hides no package
@@ -1072,10 +1072,11 @@ class Adam(nn.Module):
 # ---- Play: evaluation, film --------------------------------------------------
 @torch.inference_mode()
 def play(agent: Agent, args: Args, episodes: int, stream: int, limit: int, render: str = "") -> Iterator[Worlds]:
-    """An episode in each of so many fresh environments, num_envs at a time, step by step."""
-    starts, N = seeds(args.seed, stream, n=episodes), args.num_envs
+    """An episode in each of so many fresh environments, num_envs at a time; Gymnasium's vectors take all."""
+    light = args.vectorization == "auto" and not render and "gymnasium." in str(declared(args, "vector_entry_point"))
+    starts, N = seeds(args.seed, stream, n=episodes), episodes if light else args.num_envs
     for i in range(0, episodes, N):
-        worlds = Worlds(args, starts[i : i + N], training=False, render=render)
+        worlds = Worlds(args, starts[i : i + N], vector=light, render=render)
         torch.manual_seed(starts[0])
         with contextlib.closing(worlds.envs):
             while not worlds.ended.all() and worlds.t < limit:
@@ -1092,10 +1093,10 @@ def evaluate(agent: Agent, args: Args, episodes: int, stream: int = EVALUATION, 
     """Returns, lengths, and whether they were cut, [3, episodes]: all take no more steps than the training, but each
     may take 1,000 or what the environment declares; none more than Atari's 27,000."""
     fair = int(args.total_timesteps) // episodes // times
-    limit = min(27_000 if times == 1 else 5_000, max(fair, step_limit(args), 1_000))
+    limit = min(27_000 if times == 1 else 5_000, max(fair, declared(args, "max_episode_steps"), 1_000))
     steps: Any = play(agent, args, episodes, stream, limit)
     if times == 1:
-        steps = tqdm(steps, "scoring", unit=" steps", leave=False, disable=None)  # without terminal
+        steps = tqdm(steps, "scoring", leave=False, disable=None)
     return np.concatenate([(worlds.returned, worlds.length, ~worlds.ended) for worlds in dict.fromkeys(steps)], 1)
 
 
@@ -1200,7 +1201,7 @@ def legs(state: State) -> Iterator[range]:
     """The iterations between checkpoints, which cut episodes: a tenth of the run or what five full episodes take,
     twice as many after a leg in which none ended, at most a third."""
     args, total = state.args, state.args.num_iterations
-    full = math.ceil(5 * step_limit(args) / args.num_steps)
+    full = math.ceil(5 * declared(args, "max_episode_steps") / args.num_steps)
     while state.iteration < total:
         state.barren += state.iteration > 0 and not state.ended
         state.ended = 0
@@ -1208,8 +1209,8 @@ def legs(state: State) -> Iterator[range]:
         yield range(state.iteration, min(state.iteration + (args.checkpoint_every or usual), total))
 
 
-def step_limit(args: Args) -> int:  # of an episode, if the environment declares one
-    return getattr(gym.registry.get(args.plain_id), "max_episode_steps", None) or 0
+def declared(args: Args, name: str) -> Any:
+    return getattr(gym.registry.get(args.plain_id), name, None) or 0
 
 
 def name_run(args: Args) -> Args:
@@ -1277,9 +1278,8 @@ class Log:
         with mock.patch("socket.gethostname", lambda: "localhost"):  # host names are private
             purge = state.global_step + 1 if args.resume else None
             self.writer = SummaryWriter(run, purge_step=purge, flush_secs=10)
-        show = "{percentage:.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         size: Any = dict(total=args.num_iterations * args.batch_size, initial=state.iteration * args.batch_size)
-        self.bar = tqdm(**size, unit_scale=True, bar_format=show, disable=None)
+        self.bar = tqdm(**size, unit=" steps", unit_scale=True, disable=None)
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         self.names = list(metrics)
@@ -1303,7 +1303,7 @@ class Log:
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, state.global_step)
         mean = f"{np.mean(self.recent):.1f}" if self.recent else f"none in {worlds.length.max():,.0f} steps"
-        self.bar.set_postfix_str(f"return {mean}, {speed:,} steps/s", refresh=False)
+        self.bar.set_postfix_str(f"return {mean}", refresh=False)
         self.bar.update((iteration + 1) * state.args.batch_size - self.bar.n)
         total = state.args.num_iterations
         if self.bar.disable and iteration * 10 // total < (iteration + 1) * 10 // total:
@@ -1594,9 +1594,9 @@ TABLE: list[tuple] = [
     ("CarRacing-v3", 300_000, 16, 128, 32, 3, 5e-4, 0.0, -0.5, LINEAR | dict(norm_reward=True, eval_episodes=30,
      vectorization="async", frame_stack=2, rescale_actions=False, deterministic=False)),  # greedy, it stands
     ("Hopper-v5", *MUJOCO, STEADY),
-    ("InvertedDoublePendulum-v5", *MUJOCO, -0.5, BOTH | dict(validation_episodes=100)),
+    ("InvertedDoublePendulum-v5", 10**6, 2, 1024, 8, 10, 1e-3, 0.0, -0.5, BOTH | dict(validation_episodes=100)),
     ("Swimmer-v5", 10**6, 8, 512, 8, 10, 1e-3, 0.0, 0.0, 0.98, 0.999, LOOSE | dict(norm_obs=True)),
-    ("HalfCheetah-v5", 10**6, 4, 512, 8, 10, 1e-3, 0.0, -1.5, 0.9, BOTH),
+    ("HalfCheetah-v5", 10**6, 4, 512, 8, 10, 1e-3, 0.0, -1.5, 0.9, STEADY),
     ("Reacher-v5", 10**6, 16, 128, 32, 10, 1e-3, 0.0, -1.5, 0.9, 0.9, BOTH),
     ("Ant-v5", 10**6, 16, 128, 8, 10, 5e-4, 0.0, -1.5, FORCES),
     ("Humanoid*-v5", 10**6, 16, 128, 8, 10, 3e-4, 0.0, -0.1, FORCES),

@@ -21,6 +21,7 @@ run with OMP_NUM_THREADS=1, but for images and for one process that grows. What 
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -228,12 +229,14 @@ def floors(args):
     updates = [seconds(partial(step, way)) * args.update_epochs / M for way in ways]
     env = seconds(lambda: envs.step(next(choices))) / args.num_envs
 
-    worlds = ppo.Worlds(args, ppo.seeds(args.seed, ppo.VALIDATION, n=args.validation_episodes), training=False)
-    limit = min(ppo.step_limit(args) or 5000, 5000)
+    limit = min(ppo.declared(args, "max_episode_steps") or 5000, 5000)
+    playing = ppo.play(agent, args, args.validation_episodes, ppo.VALIDATION, limit)
+    worlds = next(playing)  # those played first
+    times = math.ceil(args.validation_episodes / len(worlds.done))
     with torch.inference_mode():
         play = seconds(lambda: worlds.step(agent.act(torch.as_tensor(worlds.obs), memory=worlds.memory)))
     rows = len(next(ppo.legs(SimpleNamespace(args=args, iteration=0, barren=0)))) * args.batch_size
-    return env, *updates, play * limit / rows
+    return env, *updates, play * limit * times / rows
 
 
 def sb3(args):

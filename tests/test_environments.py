@@ -462,13 +462,14 @@ def test_the_seed_decides_the_weights_beyond_classic_control(env_id):
 def test_environments_share_no_seed_across_runs_nor_between_training_and_evaluation(main, monkeypatch):
     used, make_envs = {}, ppo.make_envs
 
-    def spy(args, seeds, training, render):
-        used.setdefault((args.seed, training), set()).update(seeds)
-        return make_envs(args, seeds, training, render)
+    def spy(args, seeds, vector, render):
+        used.setdefault((args.seed, vector), set()).update(seeds)
+        return make_envs(args, seeds, vector, render)
 
     monkeypatch.setattr(ppo, "make_envs", spy)
     for seed in (1, 2):
-        assert main("--seed", seed, "--total-timesteps", 4096, "--checkpoint-every", 1, "--eval-episodes", 5)[0] == 0
+        few = ["--total-timesteps", 4096, "--checkpoint-every", 1, "--eval-episodes", 5]
+        assert main("--seed", seed, "--vectorization", "sync", *few)[0] == 0
     groups = [used[seed, training] for seed in (1, 2) for training in (True, False)]
     assert [len(group) for group in groups] == 2 * [2 * 64, 10 + 5]
     assert len(set.union(*groups)) == sum(map(len, groups))

@@ -228,7 +228,7 @@ def test_no_progress_bar_where_there_is_no_terminal(trained):
 def test_a_progress_bar_on_a_terminal_shows_steps_return_speed_and_time_left():
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(Terminal()) as err:
         assert ppo.main(FLAGS) == 0
-    bar = r"100%\|.*\| 2\.05k/2\.05k \[\d\d:\d\d<00:00, return \d+\.\d, [\d,]+ steps/s\]"
+    bar = r"100%\|.*\| 2\.05k/2\.05k \[\d\d:\d\d<00:00, +[\d.]+k? steps/s, return \d+\.\d\]"
     assert re.search(bar, err.getvalue()) and "scoring: " in err.getvalue()  # one while training, one while scoring
 
 
@@ -327,8 +327,23 @@ def test_evaluation_plays_seeded_environments_as_by_hand(trained, num_envs):
             obs, _, terminated, truncated, _ = env.step(agent.act(torch.as_tensor(obs)[None]).item())
             done, length = terminated or truncated, length + 1
         expected.append(length)
-    returns, *_ = ppo.evaluate(agent, replace(trained.args, num_envs=num_envs), episodes=5)
+    args = replace(trained.args, num_envs=num_envs, vectorization="sync")
+    returns, *_ = ppo.evaluate(agent, args, episodes=5)
     assert returns.tolist() == expected
+
+
+@pytest.mark.parametrize("num_envs", [2, 64])
+def test_in_gymnasiums_own_vector_environment_all_episodes_are_played_at_once(trained, num_envs):
+    agent, expected = load(trained.run), np.zeros(50)
+    envs = gym.make_vec("CartPole-v1", 50, "vector_entry_point")
+    obs, _ = envs.reset(seed=ppo.seeds(trained.args.seed, ppo.EVALUATION, n=50)[0])
+    over = np.zeros(50, dtype=bool)
+    while not over.all():
+        expected += ~over
+        obs, _, terminated, truncated, _ = envs.step(agent.act(torch.as_tensor(obs)).numpy())
+        over |= terminated | truncated
+    returns, lengths, cut = ppo.evaluate(agent, replace(trained.args, num_envs=num_envs), episodes=50)
+    assert returns.tolist() == lengths.tolist() == expected.tolist() and len(set(expected)) > 4 and not cut.any()
 
 
 def play_untrained(env_id, **env_kwargs):

@@ -232,7 +232,7 @@ def test_a_pool_obeys_its_seed_and_is_not_what_scores(pool, tmp_path):
 
     assert first(1) == first(1) != first(2)
     kinds = {
-        (name, training): type(ppo.Worlds(ppo.Args(env_id=f"Pool/{name}"), [1], training=training).envs).__name__
+        (name, training): type(ppo.Worlds(ppo.Args(env_id=f"Pool/{name}"), [1], vector=training).envs).__name__
         for name in ("LunarLander-v3", "HalfCheetah-v5", "Catch-v0")
         for training in (True, False)
     }

@@ -1594,7 +1594,7 @@ TABLE: list[tuple] = [
     ("CarRacing-v3", 300_000, 16, 128, 32, 3, 5e-4, 0.0, -0.5, LINEAR | dict(norm_reward=True, eval_episodes=30,
      vectorization="async", frame_stack=2, rescale_actions=False, deterministic=False)),  # greedy, it stands
     ("Hopper-v5", *MUJOCO, STEADY),
-    ("InvertedDoublePendulum-v5", 10**6, 2, 1024, 8, 10, 1e-3, 0.0, -0.5, BOTH | dict(validation_episodes=100)),
+    ("InvertedDoublePendulum-v5", *MUJOCO, -0.5, BOTH | dict(validation_episodes=100)),
     ("Swimmer-v5", 10**6, 8, 512, 8, 10, 1e-3, 0.0, 0.0, 0.98, 0.999, LOOSE | dict(norm_obs=True)),
     ("HalfCheetah-v5", 10**6, 4, 512, 8, 10, 1e-3, 0.0, -1.5, 0.9, BOTH),
     ("Reacher-v5", 10**6, 16, 128, 32, 10, 1e-3, 0.0, -1.5, 0.9, 0.9, BOTH),

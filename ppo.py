@@ -896,8 +896,7 @@ def make_envs(args: Args, seeds: list[int], vector: bool, render: str) -> tuple[
     options: Any = json.loads(json.dumps(args.env_kwargs).replace('"~/', '"' + os.path.expanduser("~/")))
     try:
         register(args.env_id)
-        spec: Any = gym.registry.get(env_id)
-        native = spec and spec.vector_entry_point and (vector or not spec.entry_point)
+        native = declared(args, "vector_entry_point") and (vector or not declared(args, "entry_point"))
         atari = env_id.startswith("ALE/")
         if mode == "auto" and (atari or (native and args.frame_stack == 1)):
             if atari:  # frames as usual [Atari 1, 2, 4, 5, 7]; only what is learned is clipped
@@ -906,7 +905,7 @@ def make_envs(args: Args, seeds: list[int], vector: bool, render: str) -> tuple[
             reset_seed = np.array(seeds) if atari else seeds[0]
         else:
             options |= {"render_mode": render} if render else {}
-            spec = gym.spec(env_id)
+            spec: Any = gym.spec(env_id)
             if "ale_py" in str(spec.entry_point):
                 print_once(f"{env_id} shows raw frames; ALE/..., by --vectorization auto, not")
             makers = [partial(make_env, spec, options, args.frame_stack, i, seed) for i, seed in enumerate(seeds)]
@@ -991,6 +990,10 @@ def register(env_id: str) -> None:
         importlib.import_module("minatar.gym").register_envs()
 
 
+def declared(args: Args, name: str) -> Any:  # what the world's spec says, or 0
+    return getattr(gym.registry.get(args.plain_id), name, None) or 0
+
+
 def look(args: Args) -> Json:
     """config.json, the Agent's arguments."""
     worlds = Worlds(args, seeds(args.seed, TRAINING))
@@ -1072,7 +1075,7 @@ class Adam(nn.Module):
 # ---- Play: evaluation, film --------------------------------------------------
 @torch.inference_mode()
 def play(agent: Agent, args: Args, episodes: int, stream: int, limit: int, render: str = "") -> Iterator[Worlds]:
-    """An episode in each of so many fresh environments, num_envs at a time; Gymnasium's vectors take all."""
+    """An episode in each of so many new environments, step by step; num_envs at a time, in Gymnasium's vectors all."""
     light = args.vectorization == "auto" and not render and "gymnasium." in str(declared(args, "vector_entry_point"))
     starts, N = seeds(args.seed, stream, n=episodes), episodes if light else args.num_envs
     for i in range(0, episodes, N):
@@ -1207,10 +1210,6 @@ def legs(state: State) -> Iterator[range]:
         state.ended = 0
         usual = min(max(1, total // 10, full) << state.barren, math.ceil(total / 3))
         yield range(state.iteration, min(state.iteration + (args.checkpoint_every or usual), total))
-
-
-def declared(args: Args, name: str) -> Any:
-    return getattr(gym.registry.get(args.plain_id), name, None) or 0
 
 
 def name_run(args: Args) -> Args:

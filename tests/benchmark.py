@@ -8,7 +8,8 @@
 Every run is a process of its own, and those to be compared take turns, so that a busy machine slows all of them; cells
 are medians over the repeats; in brackets, how many times faster ppo.py is, eager. Commands stand below the tables; all
 run with OMP_NUM_THREADS=1, but for images and for one process that grows. What is timed:
-- ppo.py: global_step / training_seconds of its results.json: without start-up and evaluation, with compilation.
+- ppo.py: global_step / training_seconds of its results.json: without start-up and evaluation. With --compile from a
+  fifth of the run on, for compiling comes first; how many seconds that cost stands behind.
 - EnvPool: by pool.py, as it stands in recipes.md.
 - SB3: Stable-Baselines3 at the same hyperparameters, `learn` alone; it has no EnvPool.
 - CleanRL, LeanRL, purejaxrl: at the same hyperparameters, each in an environment of its own that is made
@@ -39,6 +40,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -123,7 +125,7 @@ def measure(*command, threads=1, environment=()):
 
 
 def run_ppo(flags, steps, ranks=1, extra="", free=False):
-    """Steps/s, seconds per row of the batches, and MB of one run of ppo.py."""
+    """Steps/s, seconds per row of the batches, seconds of compiling, and MB of one run of ppo.py."""
     start = ["-m torch.distributed.run --nproc-per-node", ranks] if ranks > 1 else []
     done = measure(sys.executable, *start, ROOT / "ppo.py", f"{flags} {extra} {BRIEF} --total-timesteps {steps}",
                    threads=None if free or "ALE" in flags else 1)  # fmt: skip
@@ -131,8 +133,13 @@ def run_ppo(flags, steps, ranks=1, extra="", free=False):
         return None
     results = json.loads(next(done[3].glob("runs/*/results.json")).read_text())
     args = ppo.parse_args(shlex.split(f"{flags} --total-timesteps {steps}"))
-    rows = args.num_iterations * args.batch_size
-    return results["global_step"] / results["training_seconds"], results["training_seconds"] / rows, done[1]
+    steps, seconds, first = results["global_step"], results["training_seconds"], 0.0
+    if "--compile" in extra:
+        log = EventAccumulator(str(next(done[3].glob("runs/*"))), size_guidance={"scalars": 0}).Reload()
+        early, *_, late = log.Scalars("charts/SPS")[args.num_iterations // 5 :]  # of all so far
+        speed = (late.step - early.step) / (late.step / late.value - early.step / early.value)
+        first, seconds = seconds - steps / speed, steps / speed
+    return steps / seconds, seconds / (args.num_iterations * args.batch_size), first, done[1]
 
 
 def run_worker(name, flags):
@@ -330,9 +337,11 @@ def speed_row(name, options):
         return f"{run[1] / (floor[0] + floor[update]):.2f}" if run and floor else "-"
 
     limits = [f"{1 / x:,.0f}" for x in floor[:3]] if floor else ["-"] * 3
+    first = f"{got['compiled'][2]:.0f} s" if got["compiled"] else "-"
     everyone = [got.get(who) for who in ("eager", "compiled", "sb3", "cleanrl", "LeanRL", "purejaxrl")]
     share = f"{floor[3] / ours[1]:.0%}" if floor and ours else "-"
-    return [name, *map(cell, everyone), limits[0], " / ".join(limits[1:]),
+    eager, *others = map(cell, everyone)
+    return [name, eager, *others[:1], first, *others[1:], limits[0], " / ".join(limits[1:]),
             f"{distance(got['eager'], 1)} / {distance(got['compiled'], 2)}", share,
             " / ".join(f"{run[-1]:.0f}" for run in everyone if run)]  # fmt: skip
 
@@ -388,7 +397,7 @@ def growth_rows(options):
         for name, flags, ranks, steps in chosen
     }
     got = alternate(options.repeats or 1, programs)
-    return [[name, *(f"{run[i]:,.0f}" for i in (0, 2))] if run else [name, "-", "-"] for name, run in got.items()]
+    return [[name, *(f"{run[i]:,.0f}" for i in (0, -1))] if run else [name, "-", "-"] for name, run in got.items()]
 
 
 def main():
@@ -415,7 +424,7 @@ def main():
     if "cold" in options.tables:
         table(["from a cold start", "seconds (the longest)", "score (the worst)"], cold_rows(options))
     if "speed" in options.tables:
-        table(["steps/s", "ppo.py", "--compile", "SB3", "CleanRL", "LeanRL", "purejaxrl", "env floor",
+        table(["steps/s", "ppo.py", "--compile", "compiling", "SB3", "CleanRL", "LeanRL", "purejaxrl", "env floor",
                "update floor, eager / compiled", "distance, eager / compiled", "validation", "MB"],
               (speed_row(name, options) for name in options.rows or ROWS))  # fmt: skip
     if "growth" in options.tables:

@@ -293,7 +293,7 @@ def test_other_names_of_functions_and_flags_exist_too():
     others |= {"--cuda", "--torch-deterministic", "--save-model", "--upload-model", "--hf-entity"}  # CleanRL's
     others |= {"--exp-name", "--track", "--private"}  # CleanRL's; of `hf repos create`
     others |= {"--algo", "--env", "--trained-agent", "--vec-env"}  # of Stable-Baselines3's zoo
-    others |= {"--n-timesteps", "--tensorboard-log", "--tables", "--rows"}
+    others |= {"--n-timesteps", "--tensorboard-log", "--tables"}
     theirs = {"action_mask", "max_episode_steps", "entry_point"}  # a key; of Gymnasium
     assert missing == others | theirs | {"checkpoint_every"}  # a field of Args
 

@@ -9,7 +9,7 @@ Every run is a process of its own, and those to be compared take turns, so that 
 are medians over the repeats; in brackets, how many times faster ppo.py is, eager. Commands stand below the tables; all
 run with OMP_NUM_THREADS=1, but for images and for one process that grows. What is timed:
 - ppo.py: global_step / training_seconds of its results.json: without start-up and evaluation. With --compile from a
-  fifth of the run on, for compiling comes first; how many seconds that cost stands behind.
+  fifth of the run on, for compiling comes first; how many seconds that cost has a column.
 - EnvPool: by pool.py, as it stands in recipes.md.
 - SB3: Stable-Baselines3 at the same hyperparameters, `learn` alone; it has no EnvPool.
 - CleanRL, LeanRL, purejaxrl: at the same hyperparameters, each in an environment of its own that is made
@@ -40,10 +40,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from reference import scalars  # noqa: E402
 
 import ppo  # noqa: E402
 
@@ -131,13 +132,13 @@ def run_ppo(flags, steps, ranks=1, extra="", free=False):
                    threads=None if free or "ALE" in flags else 1)  # fmt: skip
     if done is None:
         return None
-    results = json.loads(next(done[3].glob("runs/*/results.json")).read_text())
+    run = next(done[3].glob("runs/*/results.json")).parent
+    results = json.loads((run / "results.json").read_text())
     args = ppo.parse_args(shlex.split(f"{flags} --total-timesteps {steps}"))
     steps, seconds, first = results["global_step"], results["training_seconds"], 0.0
     if "--compile" in extra:
-        log = EventAccumulator(str(next(done[3].glob("runs/*"))), size_guidance={"scalars": 0}).Reload()
-        early, *_, late = log.Scalars("charts/SPS")[args.num_iterations // 5 :]  # of all so far
-        speed = (late.step - early.step) / (late.step / late.value - early.step / early.value)
+        (a, early), *_, (b, late) = scalars(run)["charts/SPS"][args.num_iterations // 5 :]  # speed up to a step
+        speed = (b - a) / (b / late - a / early)
         first, seconds = seconds - steps / speed, steps / speed
     return steps / seconds, seconds / (args.num_iterations * args.batch_size), first, done[1]
 
@@ -340,8 +341,7 @@ def speed_row(name, options):
     first = f"{got['compiled'][2]:.0f} s" if got["compiled"] else "-"
     everyone = [got.get(who) for who in ("eager", "compiled", "sb3", "cleanrl", "LeanRL", "purejaxrl")]
     share = f"{floor[3] / ours[1]:.0%}" if floor and ours else "-"
-    eager, *others = map(cell, everyone)
-    return [name, eager, *others[:1], first, *others[1:], limits[0], " / ".join(limits[1:]),
+    return [name, *map(cell, everyone), first, limits[0], " / ".join(limits[1:]),
             f"{distance(got['eager'], 1)} / {distance(got['compiled'], 2)}", share,
             " / ".join(f"{run[-1]:.0f}" for run in everyone if run)]  # fmt: skip
 
@@ -424,7 +424,7 @@ def main():
     if "cold" in options.tables:
         table(["from a cold start", "seconds (the longest)", "score (the worst)"], cold_rows(options))
     if "speed" in options.tables:
-        table(["steps/s", "ppo.py", "--compile", "compiling", "SB3", "CleanRL", "LeanRL", "purejaxrl", "env floor",
+        table(["steps/s", "ppo.py", "--compile", "SB3", "CleanRL", "LeanRL", "purejaxrl", "compiling", "env floor",
                "update floor, eager / compiled", "distance, eager / compiled", "validation", "MB"],
               (speed_row(name, options) for name in options.rows or ROWS))  # fmt: skip
     if "growth" in options.tables:

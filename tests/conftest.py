@@ -14,6 +14,8 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo renders without a display
 os.environ.pop("HF_TOKEN", None)
 
+from reference import scalars  # noqa: E402, F401
+
 import ppo  # noqa: E402
 
 QUICK = ["--total-timesteps", "2048", "--num-envs", "4", "--num-steps", "128", "--num-minibatches", "4",
@@ -87,11 +89,3 @@ def command(*argv, env=None, **kwargs):
     """Run ppo.py as a user does, in a process of its own; returns the finished process, with text output."""
     return subprocess.run([sys.executable, str(ROOT / "ppo.py"), *map(str, argv)], capture_output=True, text=True,
                           env={**os.environ, **(env or {})}, **kwargs)  # fmt: skip
-
-
-def scalars(run):
-    """{tag: [(step, value), ...]} of a run's TensorBoard logs."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(e.step, e.value) for e in log.Scalars(tag)] for tag in log.Tags()["scalars"]}

@@ -334,12 +334,17 @@ def fingerprint(row: Row) -> float:
 
 def training_returns(run: Path) -> tuple[np.ndarray, np.ndarray]:
     """The step at which each training episode ended, and its return, from the run's TensorBoard files."""
+    steps, returns = zip(*scalars(run)["charts/episodic_return"])
+    return np.array(steps), np.array(returns)
+
+
+def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """{tag: [(step, value), ...]} of a run's TensorBoard files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of each resumption
     log = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    events = log.Scalars("charts/episodic_return")
-    return np.array([e.step for e in events]), np.array([e.value for e in events])
+    return {tag: [(e.step, e.value) for e in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
 
 
 def learning_curve(steps: np.ndarray, returns: np.ndarray, total: int, points: int = 100) -> np.ndarray:

@@ -137,8 +137,9 @@ def run_ppo(flags, steps, ranks=1, extra="", free=False):
     args = ppo.parse_args(shlex.split(f"{flags} --total-timesteps {steps}"))
     steps, seconds, first = results["global_step"], results["training_seconds"], 0.0
     if "--compile" in extra:
-        (a, early), *_, (b, late) = scalars(run)["charts/SPS"][args.num_iterations // 5 :]  # speed up to a step
-        speed = (b - a) / (b / late - a / early)
+        points = [(0, 0.0)] + [(step, step / speed) for step, speed in scalars(run)["charts/SPS"]]
+        (a, early), (b, late) = points[len(points) // 5], points[-1]  # steps so far, and their seconds
+        speed = (b - a) / (late - early)
         first, seconds = seconds - steps / speed, steps / speed
     return steps / seconds, seconds / (args.num_iterations * args.batch_size), first, done[1]
 

@@ -339,7 +339,7 @@ def speed_row(name, options):
         return f"{run[1] / (floor[0] + floor[update]):.2f}" if run and floor else "-"
 
     limits = [f"{1 / x:,.0f}" for x in floor[:3]] if floor else ["-"] * 3
-    first = f"{got['compiled'][2]:.0f} s" if got["compiled"] else "-"
+    first = f"{round(got['compiled'][2])} s" if got["compiled"] else "-"
     everyone = [got.get(who) for who in ("eager", "compiled", "sb3", "cleanrl", "LeanRL", "purejaxrl")]
     share = f"{floor[3] / ours[1]:.0%}" if floor and ours else "-"
     return [name, *map(cell, everyone), first, limits[0], " / ".join(limits[1:]),

@@ -87,7 +87,7 @@ from tqdm import tqdm
 Json = dict[str, Any]
 
 # ---- Settings: each is a flag ------------------------------------------------
-Count = Annotated[int, "1 or more", lambda x: x >= 1]  # a type, its range in words, its range: see `check_ranges`
+Count = Annotated[int, "1 or more", lambda x: x >= 1]  # a type, its range in words, its range
 Natural = Annotated[int, "0 or more", lambda x: x >= 0]
 Positive = Annotated[float, "above 0 and finite", lambda x: 0 < float(x) < math.inf]
 Weight = Annotated[float, "0 or more, and finite", lambda x: 0 <= x < math.inf]
@@ -1378,7 +1378,7 @@ def write_file(path: Path, data: bytes | Json) -> None:
 
 # ---- Sharing: what is downloaded is not trusted ------------------------------
 POLICY = ["config.json", "model.safetensors"]
-OLD = ["replay.mp4", "*tfevents*"]  # a push deletes those of the one before
+OLD = ["replay.mp4", "*tfevents*"]  # a push deletes the former ones
 
 
 @contextlib.contextmanager
@@ -1567,23 +1567,22 @@ SMALL = WIDE | dict(norm_obs=False)
 RELU = LOOSE | dict(norm_reward=True, activation="relu")
 LINEAR = LOOSE | dict(hidden_sizes=())
 IMAGES = LINEAR | dict(clip_coef=0.1)
-STICKY = {"repeat_action_probability": 0.0}
-ATARI = IMAGES | dict(clip_reward=True, episodic_life=True, eval_episodes=30, env_kwargs=STICKY)
+ATARI = IMAGES | dict(
+    clip_reward=True, episodic_life=True, eval_episodes=30, env_kwargs={"repeat_action_probability": 0.0}
+)
 FORCES = BOTH | dict(env_kwargs={"include_cfrc_ext_in_observation": False})
 
 # These columns, the last ones only if Args' defaults (CleanRL's) do not fit; and what else differs
 COLUMNS = """total_timesteps num_envs num_steps num_minibatches update_epochs learning_rate
 ent_coef logstd_init gae_lambda gamma""".split()
-DISCRETE = (500_000, 16, 256, 8, 6, 1e-3)
-MUJOCO = (10**6, 8, 256, 8, 10, 1e-3, 0.0)
 TABLE: list[tuple] = [
     ("none", {}),
-    ("general, discrete actions", *DISCRETE, WIDE),
+    ("general, discrete actions", 500_000, 16, 256, 8, 6, 1e-3, WIDE),
     ("general, discrete actions, few steps", 500_000, 4, 256, 8, 6, 1e-3, WIDE),
-    ("general, continuous actions", *MUJOCO, -0.5, STEADY),
+    ("general, continuous actions", 10**6, 8, 256, 8, 10, 1e-3, 0.0, -0.5, STEADY),
     ("general, continuous actions, few steps", 500_000, 4, 256, 16, 10, 1e-3, 0.0, -0.5, STEADY),
     ("general, images", 500_000, 8, 128, 32, 3, IMAGES | dict(norm_reward=True)),
-    ("general, small images", *DISCRETE, SMALL),
+    ("general, small images", 500_000, 16, 256, 8, 6, 1e-3, SMALL),
     ("general, small images, few steps", 500_000, 8, 128, 4, 4, 1e-3, SMALL),
     ("CartPole-v1", 100_000, 64, 32, 8, 5, 2e-3, 0.01, 0.0, 0.8, 0.98, LOOSE),
     ("Acrobot-v1", 500_000, 16, 128, 8, 10, 2e-3, 0.0, 0.0, 0.94, BOTH | LOOSE),
@@ -1592,12 +1591,12 @@ TABLE: list[tuple] = [
     ("BipedalWalker-v3", 5_000_000, 32, 256, 16, 10, 3e-4, 0.0, -0.5, BOTH),
     ("CarRacing-v3", 300_000, 16, 128, 32, 3, 5e-4, 0.0, -0.5, LINEAR | dict(norm_reward=True, eval_episodes=30,
      vectorization="async", frame_stack=2, rescale_actions=False, deterministic=False)),  # greedy, it stands
-    ("Hopper-v5", *MUJOCO, STEADY),
-    ("InvertedDoublePendulum-v5", *MUJOCO, -0.5, BOTH | dict(validation_episodes=100)),
+    ("Hopper-v5", 10**6, 8, 256, 8, 10, 1e-3, 0.0, STEADY),
+    ("InvertedDoublePendulum-v5", 10**6, 32, 256, 8, 5, 1e-3, 0.0, -0.5, BOTH | dict(validation_episodes=100)),
     ("Swimmer-v5", 10**6, 8, 512, 8, 10, 1e-3, 0.0, 0.0, 0.98, 0.999, LOOSE | dict(norm_obs=True)),
     ("HalfCheetah-v5", 10**6, 4, 512, 8, 10, 1e-3, 0.0, -1.5, 0.9, BOTH),
     ("Reacher-v5", 10**6, 16, 128, 32, 10, 1e-3, 0.0, -1.5, 0.9, 0.9, BOTH),
-    ("Ant-v5", 10**6, 16, 128, 8, 10, 5e-4, 0.0, -1.5, FORCES),
+    ("Ant-v5", 10**6, 16, 128, 8, 5, 5e-4, 0.0, -1.5, FORCES),
     ("Humanoid*-v5", 10**6, 16, 128, 8, 10, 3e-4, 0.0, -0.1, FORCES),
     ("ALE/Pong-v5", 10**6, 8, 128, 32, 3, 5e-4, ATARI | dict(validation_episodes=30)),
     ("ALE/*", 10**7, 128, 64, 32, 3, 5e-4, ATARI),
@@ -1608,10 +1607,8 @@ PRESETS: dict[str, Json] = {name: dict(zip(COLUMNS, numbers)) | more for name, *
 SCRIPT = Path(__file__).name  # in printed commands; a script that imports this one sets its own
 LAUNCH = f"torchrun --nproc-per-node {RANKS}" if RANKS > 1 else "python"
 MODES = ("init_from", "evaluate", "resume")
-# What may differ when a run is resumed
-FREE = ("device", "repo_id", "capture_video")
-# What flags of CleanRL and SB3's zoo are here
-OURS = dict(
+FREE = ("device", "repo_id", "capture_video")  # may differ when a run is resumed
+OURS = dict(  # flags of CleanRL and SB3's zoo
     cuda="--device", torch_deterministic="always", save_model="always", upload_model="--repo-id",
     hf_entity="--repo-id", track="see runs/reference/recipes.md", algo="not needed", env="--env-id",
     n_timesteps="--total-timesteps", exp_name="--run-name", vec_env="--vectorization", trained_agent="--init-from",

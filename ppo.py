@@ -1579,7 +1579,7 @@ TABLE: list[tuple] = [
     ("none", {}),
     ("general, discrete actions", 500_000, 16, 256, 8, 6, 1e-3, WIDE),
     ("general, discrete actions, few steps", 500_000, 4, 256, 8, 6, 1e-3, WIDE),
-    ("general, continuous actions", 10**6, 8, 256, 8, 10, 1e-3, 0.0, -0.5, STEADY),
+    ("general, continuous actions", 10**6, 16, 256, 16, 10, 1e-3, 0.0, -0.5, STEADY),
     ("general, continuous actions, few steps", 500_000, 4, 256, 16, 10, 1e-3, 0.0, -0.5, STEADY),
     ("general, images", 500_000, 8, 128, 32, 3, IMAGES | dict(norm_reward=True)),
     ("general, small images", 500_000, 16, 256, 8, 6, 1e-3, SMALL),

@@ -116,7 +116,7 @@ class Args:
     clip_reward: bool = False  # learn from the sign of the reward only
     norm_reward: bool = False  # divide rewards by the running deviation of their discounted sum
     # How it learns
-    total_timesteps: Positive = 500_000  # of all environments, resets counted; 1e6 will do
+    total_timesteps: Positive = 500_000  # of all environments, resets counted
     num_steps: Annotated[int, "2 or more: one could be all resets", lambda x: x >= 2] = 128  # T; 32 to 2048
     update_epochs: Count = 4  # K, passes over each rollout; 3 to 20
     num_minibatches: Count = 4  # per epoch, of M = N T / num_minibatches rows
@@ -153,7 +153,7 @@ class Args:
     seed: Natural = 1  # of all that is random
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU for images and wide networks, else the CPU
     compile: bool = False  # compile the loss and its gradient; pays off in long runs
-    checkpoint_every: Natural = 0  # iterations; 0: a tenth of the run, or more, see `legs`
+    checkpoint_every: Natural = 0  # iterations; 0: a tenth of the run, or more
 
     @property
     def batch_size(self) -> int:
@@ -1560,10 +1560,11 @@ print_once = cache(partial(print, flush=True))
 
 # Tuned on seeds above 100, never reported
 LOOSE: Json = dict(clip_vloss=False)
+WIDE: Json = dict(hidden_sizes=(128, 128))
 BOTH: Json = dict(norm_obs=True, norm_reward=True)
 STEADY = BOTH | dict(desired_kl=0.01)
-WIDE = STEADY | LOOSE | dict(hidden_sizes=(128, 128))
-SMALL = WIDE | dict(norm_obs=False)
+CHOICE = STEADY | LOOSE | WIDE
+SMALL = CHOICE | dict(norm_obs=False)
 RELU = LOOSE | dict(norm_reward=True, activation="relu")
 LINEAR = LOOSE | dict(hidden_sizes=())
 IMAGES = LINEAR | dict(clip_coef=0.1)
@@ -1572,13 +1573,13 @@ ATARI = IMAGES | dict(
 )
 FORCES = BOTH | dict(env_kwargs={"include_cfrc_ext_in_observation": False})
 
-# These columns, the last ones only if Args' defaults (CleanRL's) do not fit; and what else differs
+# Columns, the last where Args' defaults (CleanRL's) don't fit; what else differs
 COLUMNS = """total_timesteps num_envs num_steps num_minibatches update_epochs learning_rate
 ent_coef logstd_init gae_lambda gamma""".split()
 TABLE: list[tuple] = [
     ("none", {}),
-    ("general, discrete actions", 500_000, 16, 256, 8, 6, 1e-3, WIDE),
-    ("general, discrete actions, few steps", 500_000, 4, 256, 8, 6, 1e-3, WIDE),
+    ("general, discrete actions", 500_000, 16, 256, 8, 6, 1e-3, CHOICE),
+    ("general, discrete actions, few steps", 500_000, 4, 256, 8, 6, 1e-3, CHOICE),
     ("general, continuous actions", 10**6, 16, 256, 16, 10, 1e-3, 0.0, -0.5, STEADY),
     ("general, continuous actions, few steps", 500_000, 4, 256, 16, 10, 1e-3, 0.0, -0.5, STEADY),
     ("general, images", 500_000, 8, 128, 32, 3, IMAGES | dict(norm_reward=True)),
@@ -1587,13 +1588,14 @@ TABLE: list[tuple] = [
     ("CartPole-v1", 100_000, 64, 32, 8, 5, 2e-3, 0.01, 0.0, 0.8, 0.98, LOOSE),
     ("Acrobot-v1", 500_000, 16, 128, 8, 10, 2e-3, 0.0, 0.0, 0.94, BOTH | LOOSE),
     ("Pendulum-v1", 100_000, 4, 256, 16, 10, 1e-3, 0.0, 0.0, 0.9, 0.97, RELU),
-    ("LunarLander*-v3", 10**6, 16, 256, 8, 6, 2e-3, 0.002, 0.0, 0.98, 0.998, RELU | dict(hidden_sizes=(128, 128))),
+    ("LunarLander*-v3", 10**6, 16, 256, 8, 6, 2e-3, 0.002, 0.0, 0.98, 0.998, RELU | WIDE),
     ("BipedalWalker-v3", 5_000_000, 32, 256, 16, 10, 3e-4, 0.0, -0.5, BOTH),
     ("CarRacing-v3", 300_000, 16, 128, 32, 3, 5e-4, 0.0, -0.5, LINEAR | dict(norm_reward=True, eval_episodes=30,
      vectorization="async", frame_stack=2, rescale_actions=False, deterministic=False)),  # greedy, it stands
     ("Hopper-v5", 10**6, 8, 256, 8, 10, 1e-3, 0.0, STEADY),
+    ("Walker2d-v5", 10**6, 8, 256, 8, 5, 1e-3, 0.0, -0.5, STEADY | WIDE),
     ("InvertedDoublePendulum-v5", 10**6, 32, 256, 8, 5, 1e-3, 0.0, -0.5, BOTH | dict(validation_episodes=100)),
-    ("Swimmer-v5", 10**6, 8, 512, 8, 10, 1e-3, 0.0, 0.0, 0.98, 0.999, LOOSE | dict(norm_obs=True)),
+    ("Swimmer-v5", 10**6, 16, 512, 16, 10, 1e-3, 0.0, 0.0, 0.98, 0.999, LOOSE | dict(norm_obs=True)),
     ("HalfCheetah-v5", 10**6, 4, 512, 8, 10, 1e-3, 0.0, -1.5, 0.9, BOTH),
     ("Reacher-v5", 10**6, 16, 128, 32, 10, 1e-3, 0.0, -1.5, 0.9, 0.9, BOTH),
     ("Ant-v5", 10**6, 16, 128, 8, 5, 5e-4, 0.0, -1.5, FORCES),
@@ -1607,7 +1609,7 @@ PRESETS: dict[str, Json] = {name: dict(zip(COLUMNS, numbers)) | more for name, *
 SCRIPT = Path(__file__).name  # in printed commands; a script that imports this one sets its own
 LAUNCH = f"torchrun --nproc-per-node {RANKS}" if RANKS > 1 else "python"
 MODES = ("init_from", "evaluate", "resume")
-FREE = ("device", "repo_id", "capture_video")  # may differ when a run is resumed
+FREE = ("device", "repo_id", "capture_video")  # a resumed run may change them
 OURS = dict(  # flags of CleanRL and SB3's zoo
     cuda="--device", torch_deterministic="always", save_model="always", upload_model="--repo-id",
     hf_entity="--repo-id", track="see runs/reference/recipes.md", algo="not needed", env="--env-id",

@@ -115,7 +115,7 @@ def test_a_preset_applies(env_id):
         ("MountainCarContinuous-v0", "general, continuous actions", []),
         ("InvertedPendulum-v5", "general, continuous actions", []),
         ("Pusher-v5", "general, continuous actions", []),
-        ("Walker2d-v5", "general, continuous actions", []),
+        ("InvertedPendulum-v5", "general, continuous actions", []),
         ("Taxi-v4", "general, discrete actions, few steps", ["--total-timesteps", "200000"]),
         ("Taxi-v4", "general, discrete actions", ["--total-timesteps", "200001"]),
         ("MountainCarContinuous-v0", "general, continuous actions, few steps", ["--total-timesteps", "50000"]),

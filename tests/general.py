@@ -99,9 +99,8 @@ def collect(world: str, kind: str, seed: int) -> str:
     else:
         score = json.loads(Path(f"{run}.log").read_text().splitlines()[-1])
     SCORES.mkdir(parents=True, exist_ok=True)
-    result = {"world": world, "kind": kind, "seed": seed, "steps": WORLDS[world][0]}
+    result = {"world": world, "kind": kind, "seed": seed, "steps": WORLDS[world][0], "ppo.py": made_with()["ppo.py"]}
     result |= {"mean_reward": float(np.mean(score)), "std_reward": float(np.std(score))}
-    result |= {"ppo.py": made_with()["ppo.py"]}
     score_file(world, kind, seed).write_text(json.dumps(result, indent=2) + "\n")
     shutil.rmtree(run, ignore_errors=True)
     return "{mean_reward:.2f} +/- {std_reward:.2f}".format(**result)
@@ -137,9 +136,13 @@ def random_returns(env: gym.Env, seed: int, episodes: int) -> list[float]:
     return returns
 
 
-def means(world: str, kind: str) -> list[float]:
+def results(world: str, kind: str) -> list[dict]:
     paths = [score_file(world, kind, seed) for seed in SEEDS[kind]]
-    return [json.loads(path.read_text())["mean_reward"] for path in paths if path.exists()]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def means(world: str, kind: str) -> list[float]:
+    return [result["mean_reward"] for result in results(world, kind)]
 
 
 def tuned(world: str) -> float | None:
@@ -175,11 +178,9 @@ def page() -> str:
         lines.append(f"| {' | '.join(words)} |")
     known = [p for world in WORLDS if world not in APART and (p := share(world)) is not None]
     total = f"Mean over worlds that have a tuned preset, without those apart: {np.mean(known):.0f} %." if known else ""
-    paths = [score_file(world, "general", seed) for world in WORLDS for seed in SEEDS["general"]]
-    made_by = {json.loads(path.read_text()).get("ppo.py", "the second edition") for path in paths if path.exists()}
-    return (
-        HEAD.format(made_by=" or ".join(sorted(made_by))) + "\n".join([*lines, *(["", total] if total else [])]) + "\n"
-    )
+    made_by = {result.get("ppo.py", "the second edition") for world in WORLDS for result in results(world, "general")}
+    head = HEAD.format(made_by=" or ".join(sorted(made_by)))
+    return head + "\n".join([*lines, *(["", total] if total else [])]) + "\n"
 
 
 HEAD = """# At the first try

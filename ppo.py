@@ -910,17 +910,16 @@ def make_envs(args: Args, seeds: list[int], vector: bool, render: str) -> tuple[
                 print_once(f"{env_id} shows raw frames; ALE/..., by --vectorization auto, not")
             makers = [partial(make_env, spec, options, args.frame_stack, i, seed) for i, seed in enumerate(seeds)]
             if mode == "async" and vector:
-                start = "forkserver" if sys.platform == "linux" else None  # OpenGL survives no fork
                 multiprocessing.set_forkserver_preload("gymnasium huggingface_hub torch.optim.adam tyro".split())
                 with mock.patch.dict(os.environ, PYTHONSAFEPATH="1"):  # the working directory hides no package
-                    envs = AsyncVectorEnv(makers, copy=False, context=start)
+                    envs = AsyncVectorEnv(makers, copy=False, context="forkserver")  # OpenGL survives no fork
                 envs.close = partial(envs.close, timeout=9)  # a worker may be stuck
             else:
                 envs = SyncVectorEnv(makers, copy=False)
     except (ImportError, gym.error.Error, TypeError, ValueError, AssertionError, LookupError) as error:
         ids = "LunarLander-v3, ALE/Pong-v5 (not PongNoFrameskip-v4) or my_module:MyEnv-v0 (old gym: by shimmy)"
-        hint = f"ids are like {ids}, options like --env-kwargs size 3"
-        hint = f"pip install {name}" if (name := getattr(error, "name", None)) else hint
+        name = getattr(error, "name", None)
+        hint = f"pip install {name}" if name else f"ids are like {ids}, options like --env-kwargs size 3"
         raise Stop(f"cannot make {args.env_id} with options {args.env_kwargs}: {brief(error)}; {hint}") from None
     if args.frame_stack > 1 and reset_seed is not seeds:
         raise Stop(f"--frame-stack needs --vectorization sync or async for {env_id}")
@@ -1097,9 +1096,7 @@ def evaluate(agent: Agent, args: Args, episodes: int, stream: int = EVALUATION, 
     may take 1,000 or what the environment declares; none more than Atari's 27,000."""
     fair = int(args.total_timesteps) // episodes // times
     limit = min(27_000 if times == 1 else 5_000, max(fair, declared(args, "max_episode_steps"), 1_000))
-    steps: Any = play(agent, args, episodes, stream, limit)
-    if times == 1:
-        steps = tqdm(steps, "scoring", leave=False, disable=None)
+    steps = tqdm(play(agent, args, episodes, stream, limit), "scoring", leave=False, disable=times > 1 or None)
     return np.concatenate([(worlds.returned, worlds.length, ~worlds.ended) for worlds in dict.fromkeys(steps)], 1)
 
 
@@ -1598,6 +1595,7 @@ TABLE: list[tuple] = [
     ("Swimmer-v5", 10**6, 16, 512, 16, 10, 1e-3, 0.0, 0.0, 0.98, 0.999, LOOSE | dict(norm_obs=True)),
     ("HalfCheetah-v5", 10**6, 4, 512, 8, 10, 1e-3, 0.0, -1.5, 0.9, BOTH),
     ("Reacher-v5", 10**6, 16, 128, 32, 10, 1e-3, 0.0, -1.5, 0.9, 0.9, BOTH),
+    ("Pusher-v5", 10**6, 16, 256, 16, 10, 1e-3, 0.0, -0.5, STEADY | dict(rescale_actions=False)),
     ("Ant-v5", 10**6, 16, 128, 8, 5, 5e-4, 0.0, -1.5, FORCES),
     ("Humanoid*-v5", 10**6, 16, 128, 8, 10, 3e-4, 0.0, -0.1, FORCES),
     ("ALE/Pong-v5", 10**6, 8, 128, 32, 3, 5e-4, ATARI | dict(validation_episodes=30)),

@@ -112,7 +112,7 @@ ROWS = [
     Row("InvertedPendulum-v5", 1_000_000, 5, 1, "1000 +/- 0 (v2)", "Tianshou"),
     Row("InvertedDoublePendulum-v5", 1_000_000, 5, 21, "9231.3 +/- 270.4 (v2)", "Tianshou"),
     Row("Reacher-v5", 1_000_000, 5, 11, "-4.1 +/- 0.3 (v2)", "Tianshou"),
-    Row("Pusher-v5", 1_000_000, 5, 3, "-40.4 +/- 7.2 (v4)", "CleanRL"),
+    Row("Pusher-v5", 1_000_000, 5, 7, "-40.4 +/- 7.2 (v4)", "CleanRL"),
     Row("ALE/Pong-v5", 1_000_000, 3, 10, "at 1.5M 20.0; at 10M 20.4 (v4)", "rl_games; CleanRL"),
     Row("ALE/Breakout-v5", 10_000_000, 1, 3, "414.7 +/- 28.1 (v4)", "CleanRL"),
     Row("CarRacing-v3", 300_000, 2, 4, "at 4M 596.7 +/- 160.0 (v0)", "Hub"),

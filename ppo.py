@@ -1505,8 +1505,7 @@ class Stop(Exception):
 
 
 def check_finite(metrics: dict[str, Tensor], iteration: int) -> None:
-    total: Any = sum(metrics.values())
-    if not total.isfinite():
+    if not sum(metrics.values()).isfinite():
         raise Stop(f"loss or gradient not finite in iteration {iteration}: lower --learning-rate", code=1)
 
 
@@ -1592,17 +1591,17 @@ TABLE: list[tuple] = [
     ("Hopper-v5", 10**6, 8, 256, 8, 10, 1e-3, 0.0, STEADY),
     ("Walker2d-v5", 10**6, 8, 256, 8, 5, 1e-3, 0.0, -0.5, STEADY | WIDE),
     ("InvertedDoublePendulum-v5", 10**6, 32, 256, 8, 5, 1e-3, 0.0, -0.5, BOTH | dict(validation_episodes=100)),
-    ("Swimmer-v5", 10**6, 16, 512, 16, 10, 1e-3, 0.0, 0.0, 0.98, 0.999, LOOSE | dict(norm_obs=True)),
+    ("Swimmer-v5", 10**6, 32, 512, 16, 10, 1e-3, 0.0, 0.0, 0.98, 0.999, LOOSE | dict(norm_obs=True)),
     ("HalfCheetah-v5", 10**6, 4, 512, 8, 10, 1e-3, 0.0, -1.5, 0.9, BOTH),
-    ("Reacher-v5", 10**6, 16, 128, 32, 10, 1e-3, 0.0, -1.5, 0.9, 0.9, BOTH),
+    ("Reacher-v5", 10**6, 16, 128, 32, 10, 1e-3, 0.0, -1.5, 0.9, 0.9, BOTH | RELU | WIDE),
     ("Pusher-v5", 10**6, 16, 256, 16, 10, 1e-3, 0.0, -0.5, STEADY | dict(rescale_actions=False)),
     ("Ant-v5", 10**6, 16, 128, 8, 5, 5e-4, 0.0, -1.5, FORCES),
-    ("Humanoid*-v5", 10**6, 16, 128, 8, 10, 3e-4, 0.0, -0.1, FORCES),
+    ("Humanoid*-v5", 10**6, 16, 128, 8, 10, 1e-3, 0.0, -0.1, FORCES | STEADY),
     ("ALE/Pong-v5", 10**6, 8, 128, 32, 3, 5e-4, ATARI | dict(validation_episodes=30)),
     ("ALE/*", 10**7, 128, 64, 32, 3, 5e-4, ATARI),
     ("MinAtar/*", 10**7, 64, 128, 32, 4, 2.5e-3, LINEAR),
 ]  # fmt: skip
-PRESETS: dict[str, Json] = {name: dict(zip(COLUMNS, numbers)) | more for name, *numbers, more in TABLE}
+PRESETS = {name: dict(zip(COLUMNS, numbers)) | more for name, *numbers, more in TABLE}
 
 SCRIPT = Path(__file__).name  # in printed commands; a script that imports this one sets its own
 LAUNCH = f"torchrun --nproc-per-node {RANKS}" if RANKS > 1 else "python"

@@ -46,6 +46,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
+import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -319,10 +320,12 @@ def made_with() -> dict:
 @cache
 def fingerprint(row: Row) -> float:
     """How far all weights have moved in two iterations of seed 1: elsewhere, if a page learns otherwise.
-    To four digits, for processors round differently."""
+    To four digits, for processors round differently; on one thread, as two add in another order."""
     began = []
     two = lambda state: began.append(state.optimizer.theta.clone()) or [range(2)]  # noqa: E731
-    with tempfile.TemporaryDirectory() as folder, mock.patch("ppo.legs", two):
+    one = mock.patch.dict(os.environ, OMP_NUM_THREADS="1")
+    with tempfile.TemporaryDirectory() as folder, mock.patch("ppo.legs", two), one:
+        torch.set_num_threads(1)
         flags = ["--run-name", "two", "--validation-episodes", "0", "--checkpoint-every", "2", "--device", "cpu"]
         with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
             state = ppo.train(parse_args([*row.command, *flags]))

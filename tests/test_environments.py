@@ -252,7 +252,7 @@ def test_vectorization_chooses_the_vector_environment(vectorization, env_id, kin
         envs.close()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes are spawned anyway")
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 def test_no_worker_is_a_fork_of_this_process_whose_threads_and_windows_it_would_not_survive():
     envs, _ = ppo.make_envs(ppo.Args(vectorization="async"), [1, 2], True, "")
     assert {type(process).__name__ for process in envs.processes} == {"ForkServerProcess"}

@@ -190,7 +190,8 @@ general preset, chosen by its actions and observations; beside it a random polic
 defaults (`--preset none`), and the preset that was tuned for this world, all after as many steps. Scores are means of
 100 greedy episodes; the last column goes from 0 %, a random policy, to 100 %, the tuned preset. Those held back were
 not looked at while the general presets were made; those apart need what no general setting gives: a long horizon, or
-exploration. InvertedPendulum and MountainCar have the general presets as their own. Made by
+exploration. InvertedPendulum and MountainCar have the general presets as their own. No policy reaches FrozenLake's goal
+within its 100 steps in more than 0.744 of games, by its transition probabilities: what is above is chance. Made by
 `python tests/general.py`; the column of general presets by {made_by}.
 
 | world | steps | random | SB3 | none | tuned | general | seeds 1 to 3 | of tuned |

@@ -97,7 +97,7 @@ PENDULUM = "--preset Pendulum-v1 --num-envs 8 --num-steps 128 --num-minibatches 
 ROWS = [
     Row("CartPole-v1", 100_000, 10, 2, "500 +/- 0", "zoo"),
     Row("LunarLander-v3", 1_000_000, 10, 7, "242.1 +/- 31.8 (v2)", "zoo"),
-    Row("LunarLander-v3", 2_000_000, 10, 3, "289.2 +/- 15.8 (v2)", "Hub"),
+    Row("LunarLander-v3", 2_000_000, 10, 8, "289.2 +/- 15.8 (v2)", "Hub"),
     Row("HalfCheetah-v5", 1_000_000, 10, 27, "5819.1 +/- 663.5 (v3)", "zoo"),
     Row("Hopper-v5", 1_000_000, 10, 6, "2609.3 +/- 700.8 (v3); at about 4M 3485", "Tianshou; rl_games"),
     Row("Acrobot-v1", 500_000, 5, 6, "-81.8 +/- 5.6; at 1M -73.5 +/- 18.2", "baselines; zoo"),

@@ -116,7 +116,7 @@ def test_large_images_of_every_kind_are_learned(kind, last):
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_stacked_frames_tell_what_one_frame_does_not(vectorization):
     world = {"env_kwargs": {"size": 8}, "hidden_sizes": (128,), "activation": "relu", "vectorization": vectorization}
-    _, args, agent = learn(40_000 if vectorization == "sync" else 8_192, "moving", frame_stack=2, **world)
+    _, args, agent = learn(80_000 if vectorization == "sync" else 8_192, "moving", frame_stack=2, **world)
     if vectorization == "sync":
         assert score(agent, args) > 0.9
     assert agent.parts[0]["shape"] == [2, 8, 8, 3]

@@ -90,10 +90,11 @@ def preset_steps(env_id: str) -> int | None:
 
 
 CART = ("--preset none --num-envs 16 --num-steps 64 --num-minibatches 8 --update-epochs 6 "
-        "--learning-rate 2e-3 --norm-reward --no-clip-vloss")  # fmt: skip
+        "--learning-rate 2e-3 --norm-reward --no-clip-vloss --validation-episodes 30")  # fmt: skip
 SAME = "--preset none --num-envs 16 --learning-rate 1e-3 --no-anneal-lr --no-clip-vloss"  # MaskablePPO's, too
 SMALL = "--preset 'general, small images'"  # as without a preset, but parsed without MiniGrid, too
-PENDULUM = "--preset Pendulum-v1 --num-envs 8 --num-steps 128 --num-minibatches 8"
+PENDULUM = ("--preset Pendulum-v1 --num-envs 16 --num-steps 128 --num-minibatches 8 --gae-lambda 0.95 "
+            "--validation-episodes 30")  # fmt: skip
 ROWS = [
     Row("CartPole-v1", 100_000, 10, 2, "500 +/- 0", "zoo"),
     Row("LunarLander-v3", 1_000_000, 10, 7, "242.1 +/- 31.8 (v2)", "zoo"),
@@ -121,12 +122,12 @@ ROWS = [
     Row("MinAtar/Breakout-v1", 10_000_000, 3, 10, "28", "gymnax"),
     Row("MinAtar/Freeway-v1", 10_000_000, 3, 10, "58", "gymnax"),
     Row("MinAtar/SpaceInvaders-v1", 10_000_000, 3, 10, "131", "gymnax"),
-    Row("worlds:CartPoleNoVel-v1", 100_000, 5, 2, "500 (RecurrentPPO)", "zoo", f"{CART} --lstm-hidden-size 64",
+    Row("worlds:CartPoleNoVel-v1", 100_000, 5, 5, "500 (RecurrentPPO)", "zoo", f"{CART} --lstm-hidden-size 64",
         "memory"),
-    Row("worlds:CartPoleNoVel-v1", 100_000, 5, 2, "", "", CART, "no memory"),
-    Row("worlds:PendulumNoVel-v1", 100_000, 5, 3, "-218 (RecurrentPPO)", "zoo",
+    Row("worlds:CartPoleNoVel-v1", 100_000, 5, 5, "", "", CART, "no memory"),
+    Row("worlds:PendulumNoVel-v1", 100_000, 5, 22, "-218 (RecurrentPPO)", "zoo",
         f"{PENDULUM} --lstm-hidden-size 64", "memory"),
-    Row("worlds:PendulumNoVel-v1", 100_000, 5, 3, "", "", PENDULUM, "no memory"),
+    Row("worlds:PendulumNoVel-v1", 100_000, 5, 22, "", "", PENDULUM, "no memory"),
     Row("worlds:MemoryS7-v0", 300_000, 3, 6, "", "", f"{SMALL} --lstm-hidden-size 64", "memory"),
     Row("worlds:MemoryS7-v0", 300_000, 3, 6, "", "", SMALL, "no memory"),
     Row("Taxi-v4", 300_000, 5, 2, "", "", "", "masks"),

@@ -90,7 +90,7 @@ def preset_steps(env_id: str) -> int | None:
 
 
 CART = ("--preset none --num-envs 16 --num-steps 64 --num-minibatches 8 --update-epochs 6 "
-        "--learning-rate 2e-3 --norm-reward --no-clip-vloss --validation-episodes 30")  # fmt: skip
+        "--learning-rate 2e-3 --desired-kl 0.01 --norm-reward --no-clip-vloss --validation-episodes 30")  # fmt: skip
 SAME = "--preset none --num-envs 16 --learning-rate 1e-3 --no-anneal-lr --no-clip-vloss"  # MaskablePPO's, too
 SMALL = "--preset 'general, small images'"  # as without a preset, but parsed without MiniGrid, too
 PENDULUM = ("--preset Pendulum-v1 --num-envs 16 --num-steps 128 --num-minibatches 8 --gae-lambda 0.95 "

@@ -110,7 +110,7 @@ ROWS = [
         "Tianshou; ikostrikov; rl_games"),
     Row("Ant-v5", 1_000_000, 5, 6, "3258.4 +/- 1079.3 (v3); at about 9M 4429", "Tianshou; rl_games"),
     Row("Swimmer-v5", 1_000_000, 5, 7, "281.6 +/- 9.7 (v3)", "zoo"),
-    Row("Humanoid-v5", 1_000_000, 5, 5, "787.1 +/- 193.5 (v3)", "Tianshou"),
+    Row("Humanoid-v5", 1_000_000, 5, 14, "787.1 +/- 193.5 (v3)", "Tianshou"),
     Row("InvertedPendulum-v5", 1_000_000, 5, 1, "1000 +/- 0 (v2)", "Tianshou"),
     Row("InvertedDoublePendulum-v5", 1_000_000, 5, 21, "9231.3 +/- 270.4 (v2)", "Tianshou"),
     Row("Reacher-v5", 1_000_000, 5, 16, "-4.1 +/- 0.3 (v2)", "Tianshou"),

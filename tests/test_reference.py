@@ -5,6 +5,8 @@ import itertools
 import json
 import re
 
+import general
+import maskable
 import numpy as np
 import pytest
 import reference
@@ -193,6 +195,11 @@ def test_summary_follows_from_the_committed_files():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_pages_show_the_summary(page):
     assert reference.BLOCK.search(page.read_text())[0] == PAGES[page](json.loads(SUMMARY.read_text()))
+
+
+@pytest.mark.parametrize("script", [general, maskable], ids=lambda script: script.__name__)
+def test_the_pages_of_comparisons_follow_from_their_scores(script):
+    assert (reference.REFERENCE / f"{script.__name__}.md").read_text() == script.page()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -92,6 +92,7 @@ def preset_steps(env_id: str) -> int | None:
 CART = ("--preset none --num-envs 16 --num-steps 64 --num-minibatches 8 --update-epochs 6 "
         "--learning-rate 2e-3 --desired-kl 0.01 --norm-reward --no-clip-vloss --validation-episodes 30")  # fmt: skip
 SAME = "--preset none --num-envs 16 --learning-rate 1e-3 --no-anneal-lr --no-clip-vloss"  # MaskablePPO's, too
+GAMES = f"{SAME} --validation-episodes 100"  # which are won or lost
 SMALL = "--preset 'general, small images'"  # as without a preset, but parsed without MiniGrid, too
 PENDULUM = ("--preset Pendulum-v1 --num-envs 16 --num-steps 128 --num-minibatches 8 --gae-lambda 0.95 "
             "--validation-episodes 30")  # fmt: skip
@@ -134,8 +135,8 @@ ROWS = [
     Row("Taxi-v4", 300_000, 5, 2, "", "", "--no-action-masks", "no masks"),
     Row("worlds:Forbidden-v0", 100_000, 3, 1, "", "", SAME, "masks"),
     Row("worlds:Forbidden-v0", 100_000, 3, 1, "", "", f"{SAME} --no-action-masks", "no masks"),
-    Row("worlds:ConnectFour-v0", 300_000, 3, 1, "", "", SAME, "masks"),
-    Row("worlds:ConnectFour-v0", 300_000, 3, 1, "", "", f"{SAME} --no-action-masks", "no masks"),
+    Row("worlds:ConnectFour-v0", 300_000, 3, 2, "", "", GAMES, "masks"),
+    Row("worlds:ConnectFour-v0", 300_000, 3, 2, "", "", f"{GAMES} --no-action-masks", "no masks"),
 ]  # fmt: skip
 
 

@@ -192,7 +192,8 @@ defaults (`--preset none`), and the preset that was tuned for this world, all af
 not looked at while the general presets were made; those apart need what no general setting gives: a long horizon, or
 exploration. InvertedPendulum and MountainCar have the general presets as their own. No policy reaches FrozenLake's goal
 within its 100 steps in more than 0.744 of games, by its transition probabilities: what is above is chance. Made by
-`python tests/general.py`; the column of general presets by {made_by}.
+`python tests/general.py`; the column of general presets is by
+{made_by}.
 
 | world | steps | random | SB3 | none | tuned | general | seeds 1 to 3 | of tuned |
 |:--|--:|--:|--:|--:|--:|--:|:--|--:|

@@ -71,8 +71,8 @@ HEAD = """# Masks, beside MaskablePPO
 `ppo.py` and sb3-contrib's MaskablePPO, at the same settings and steps; means of 100 greedy episodes. Forbidden has 80
 choices, three of which are allowed at a time; ConnectFour is played against one who wins or blocks where a single move
 does, and plays at random elsewhere: 1 for a win, -1 for a defeat. Both are in `tests/worlds.py`; their settings are in
-`ROWS` of `tests/reference.py`. Made by `python tests/maskable.py`; training on one core of a busy machine, `ppo.py`'s
-on one two to three times slower.
+`ROWS` of `tests/reference.py`. `ppo.py` is scored by its best checkpoint, MaskablePPO by its last agent. Made by
+`python tests/maskable.py`; training on one core of a busy machine, `ppo.py`'s on one two to three times slower.
 
 | world | steps | program | score | seeds | training |
 |:--|--:|:--|--:|:--|--:|

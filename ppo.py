@@ -1598,7 +1598,7 @@ TABLE: list[tuple] = [
     ("Ant-v5", 10**6, 16, 128, 8, 5, 5e-4, 0.0, -1.5, FORCES),
     ("Humanoid*-v5", 10**6, 16, 128, 8, 10, 3e-4, 0.0, -0.1, FORCES),
     ("ALE/Pong-v5", 10**6, 8, 128, 32, 3, 5e-4, ATARI | dict(validation_episodes=30)),
-    ("ALE/*", 10**7, 128, 64, 32, 3, 5e-4, ATARI),
+    ("ALE/*", 10**7, 128, 64, 32, 3, 5e-4, ATARI | dict(deterministic=False)),
     ("MinAtar/*", 10**7, 64, 128, 32, 4, 2.5e-3, LINEAR),
 ]  # fmt: skip
 PRESETS = {name: dict(zip(COLUMNS, numbers)) | more for name, *numbers, more in TABLE}
